@@ -1,0 +1,101 @@
+"""Frozen data shared by every layer, and the legend of the shape suffixes.
+
+Shape suffixes (used in names: ``logits_TV``, ``labels_T``)::
+
+    T  tokens (a packed row of one or several sequences)   V  vocabulary (or this rank's shard of it)
+    D  hidden size                                         K  top-k entries
+    P  prompts                                             G  samples per prompt
+    B  batch rows                                          S  sequence positions
+
+Sizes: ``tp pp cp ep dp`` are the tensor-, pipeline-, context-, expert- and data-parallel sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+class UserError(ValueError):
+    """A mistake of the user: one line that says what, where, expected and the remedy.
+
+    Commands print it without a traceback and exit with status 2.
+    """
+
+
+class LayoutError(UserError):
+    """A parallel layout that the world or the model cannot be divided into."""
+
+
+def divisors(number: int) -> list[int]:
+    """All positive divisors of `number`, ascending."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+@dataclass(frozen=True)
+class Coordinates:
+    """Where one rank sits in a layout."""
+
+    tp: int
+    cp: int
+    dp: int
+    pp: int
+    ep: int
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How `world_size` ranks are cut: tp fastest, then cp, dp, and pp slowest (megatron-core's order).
+
+    Experts are never cut inside (expert tensor size 1): within a pipeline stage they are spread over
+    `ep` consecutive ranks, and the remaining `world_size / (pp * ep)` ranks are their data parallelism.
+    """
+
+    world_size: int
+    tp: int = 1
+    pp: int = 1
+    cp: int = 1
+    ep: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("world_size", "tp", "pp", "cp", "ep"):
+            size = getattr(self, name)
+            if size < 1:
+                raise LayoutError(f"{name}={size} is not a parallel size; use an integer >= 1")
+        if self.world_size % (self.tp * self.pp * self.cp):
+            raise LayoutError(
+                f"tp={self.tp} x pp={self.pp} x cp={self.cp} = {self.tp * self.pp * self.cp} does not "
+                f"divide the world of {self.world_size} ranks; the product must be one of "
+                f"{divisors(self.world_size)}"
+            )
+        if self.world_size % (self.pp * self.ep):
+            raise LayoutError(
+                f"ep={self.ep} does not divide the {self.world_size // self.pp} ranks of a pipeline "
+                f"stage (world {self.world_size} / pp={self.pp}); ep must be one of "
+                f"{divisors(self.world_size // self.pp)}"
+            )
+
+    @property
+    def dp(self) -> int:
+        """Data-parallel replicas of the model."""
+        return self.world_size // (self.tp * self.pp * self.cp)
+
+    @property
+    def expert_dp(self) -> int:
+        """Replicas of each expert."""
+        return self.world_size // (self.pp * self.ep)
+
+    def coordinates(self, rank: int) -> Coordinates:
+        """Position of global `rank` (0 <= rank < world_size) on every axis."""
+        stage_size = self.world_size // self.pp
+        return Coordinates(
+            tp=rank % self.tp,
+            cp=rank // self.tp % self.cp,
+            dp=rank // (self.tp * self.cp) % self.dp,
+            pp=rank // stage_size,
+            ep=rank % stage_size % self.ep,
+        )
+
+    def __str__(self) -> str:
+        sizes = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "ep": self.ep}
+        cut = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in "tp pp")
+        return f"{cut} x dp {self.dp}"
