@@ -1,0 +1,245 @@
+"""HuggingFace folders in, HuggingFace tensors out, for a model that is spread over ranks.
+
+Loading: each rank reads from safetensors only the slices that fill its own parameters. Export: HF
+tensors are put together one after another in HF's order and handed to every rank in lockstep; besides
+its own shards no rank holds more than one projection, one expert or the embedding at a time. The same
+iterator feeds checkpoints in HF format and the weight push to the engines.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_vopd.hf_mapping import (
+    LayerSpec,
+    ShardPlan,
+    Unit,
+    hf_shape,
+    hf_tensors,
+    model_units,
+    shard_parameters,
+)
+from megatron_vopd.model_facts import ModelError, ModelFacts, facts_from_config
+from megatron_vopd.parallel import Groups, all_gather_shards, broadcast_from_position
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+
+
+def read_config(model_dir: str | Path) -> tuple[Any, ModelFacts]:
+    """The transformers config of a model folder, and its facts. Code in the folder is never run.
+
+    Raises:
+        ModelError: no readable config, or an unsupported model.
+    """
+    from transformers import AutoConfig
+
+    path = Path(model_dir) / "config.json"
+    if not path.is_file():
+        raise ModelError(f"{path}: not found; expected a HuggingFace model folder with config.json")
+    try:
+        config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
+    except (ValueError, TypeError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ModelError(f"{path}: cannot be read as a model config: {reason}") from error
+    return config, facts_from_config(config.to_dict(), str(path))
+
+
+class SafetensorsFolder:
+    """The tensors of a model folder by name, read slice by slice. A context manager."""
+
+    def __init__(self, model_dir: str | Path) -> None:
+        self._dir = Path(model_dir)
+        self._files: dict[str, Any] = {}
+        self._stack = ExitStack()
+        self.file_of = self._read_index()
+
+    def __enter__(self) -> SafetensorsFolder:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stack.close()
+
+    def _read_index(self) -> dict[str, str]:
+        """Tensor name -> file name, from the index or from the only file."""
+        index_path = self._dir / INDEX_NAME
+        if index_path.is_file():
+            try:
+                weight_map = json.loads(index_path.read_text())["weight_map"]
+                names = dict(weight_map)
+            except (ValueError, KeyError, TypeError) as error:
+                raise ModelError(f"{index_path}: no readable weight_map ({error!r})") from error
+            for tensor_name, file_name in names.items():
+                if not isinstance(file_name, str) or Path(file_name).name != file_name:
+                    raise ModelError(
+                        f"{index_path}: {tensor_name} points to {file_name!r}; "
+                        "expected the name of a file in the same folder"
+                    )
+            return names
+        if not (self._dir / SINGLE_NAME).is_file():
+            raise ModelError(
+                f"{self._dir}: no {SINGLE_NAME} and no {INDEX_NAME}; expected safetensors weights "
+                "(pickled .bin weights are not read)"
+            )
+        return dict.fromkeys(self._open(SINGLE_NAME).keys(), SINGLE_NAME)
+
+    def _open(self, file_name: str) -> Any:
+        if file_name not in self._files:
+            path = self._dir / file_name
+            try:
+                opened = safe_open(path, framework="pt")
+            except (SafetensorError, OSError) as error:
+                raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
+            self._files[file_name] = self._stack.enter_context(opened)
+        return self._files[file_name]
+
+    def slices(self, name: str) -> Any:
+        """A lazily read tensor: index it with slices, ask `get_shape()`."""
+        file_name = self.file_of[name]
+        try:
+            return self._open(file_name).get_slice(name)
+        except SafetensorError as error:
+            raise ModelError(f"{self._dir / file_name}: {name} is missing ({error})") from error
+
+    def require(self, facts: ModelFacts) -> None:
+        """Check names and shapes against the config, without reading any weight.
+
+        Raises:
+            ModelError: a missing, an unexpected, or a wrongly shaped tensor, by name and file.
+        """
+        expected = hf_tensors(facts)
+        # Some tools write the head of a tied model again, and rotary tables; both are derived.
+        derived = {"lm_head.weight"} if facts.tied else set()
+        for name in expected:
+            if name not in self.file_of:
+                raise ModelError(f"{self._dir}: tensor {name} is missing; config.json asks for it")
+        for name, file_name in self.file_of.items():
+            if name in expected:
+                shape = tuple(self.slices(name).get_shape())
+                if shape != expected[name]:
+                    raise ModelError(
+                        f"{self._dir / file_name}: {name} has shape {shape}; "
+                        f"config.json asks for {expected[name]}"
+                    )
+            elif name not in derived and not name.endswith("rotary_emb.inv_freq"):
+                raise ModelError(
+                    f"{self._dir / file_name}: unexpected tensor {name}; "
+                    "config.json describes no such weight"
+                )
+
+
+@torch.no_grad()
+def load_weights(
+    model: torch.nn.Module,
+    facts: ModelFacts,
+    groups: Groups,
+    model_dir: str | Path,
+    layer_spec: LayerSpec = "local",
+    kv_repeat: int = 1,
+) -> None:
+    """Fill this rank's parameters from a model folder, reading only the slices it holds.
+
+    Values are converted to the parameters' dtype; rows that pad the vocabulary become zero.
+
+    Args:
+        model: from `build_model`, not wrapped.
+        kv_repeat: from `model.kv_repeat`, for a frozen model with fewer KV heads than tp.
+
+    Raises:
+        ModelError: the folder does not hold exactly the tensors that its config describes.
+    """
+    plans = shard_parameters(facts, groups.layout, groups.coordinates, layer_spec, kv_repeat)
+    parameters = dict(model.named_parameters())
+    assert plans.keys() == parameters.keys(), sorted(plans.keys() ^ parameters.keys())
+    with SafetensorsFolder(model_dir) as folder:
+        folder.require(facts)
+        for name, parameter in parameters.items():
+            plan = plans[name]
+            assert plan.shape == tuple(parameter.shape), (name, plan.shape, parameter.shape)
+            _fill(parameter, plan, folder)
+
+
+def _fill(parameter: Tensor, plan: ShardPlan, folder: SafetensorsFolder) -> None:
+    if sum(_numel(piece.target, plan.shape) for piece in plan.pieces) < parameter.numel():
+        parameter.zero_()
+    for piece in plan.pieces:
+        parameter[piece.target].copy_(folder.slices(piece.name)[piece.source])
+
+
+def _numel(rectangle: tuple[slice, ...], shape: tuple[int, ...]) -> int:
+    sizes = [part.stop - part.start for part in rectangle] + list(shape[len(rectangle) :])
+    return int(torch.Size(sizes).numel())
+
+
+def export_weights(
+    model: torch.nn.Module,
+    facts: ModelFacts,
+    groups: Groups,
+    layer_spec: LayerSpec = "local",
+    with_tied_head: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """HF tensors of a spread-out model, one after another in HF's order, in the parameters' dtype.
+
+    Every rank of the world iterates to the end, in lockstep, and receives every tensor.
+
+    Args:
+        model: as given to `load_weights`, without repeated KV heads.
+        with_tied_head: also yield the head of a tied model, as `lm_head.weight`; engines that pack
+            their weights keep a stale head otherwise.
+    """
+    parameters = dict(model.named_parameters())
+    return export_tensors(parameters, facts, groups, layer_spec, with_tied_head)
+
+
+@torch.no_grad()
+def export_tensors(
+    shards: dict[str, Tensor],
+    facts: ModelFacts,
+    groups: Groups,
+    layer_spec: LayerSpec = "local",
+    with_tied_head: bool = False,
+) -> Iterator[tuple[str, Tensor]]:
+    """`export_weights` for anything shaped like the parameters: gradients, optimizer moments.
+
+    A tensor is gathered over tp on the ranks that hold it, then sent along pp (experts: along ep
+    first). A shard that varies over data-parallel replicas is the caller's business.
+    """
+    units = list(model_units(facts))
+    for unit in units:
+        yield from _gather_unit(unit, shards, facts, groups, layer_spec)
+    if with_tied_head and facts.tied:
+        for _, head in _gather_unit(units[0], shards, facts, groups, layer_spec):
+            yield "lm_head.weight", head
+
+
+def _gather_unit(
+    unit: Unit,
+    shards: dict[str, Tensor],
+    facts: ModelFacts,
+    groups: Groups,
+    layer_spec: LayerSpec,
+) -> Iterator[tuple[str, Tensor]]:
+    layout, at = groups.layout, groups.coordinates
+    stage, expert_rank = unit.stage(facts, layout), unit.expert_rank(facts, layout)
+    any_shard = next(iter(shards.values()))
+    tensors = {name: any_shard.new_empty(hf_shape(name, facts)) for name in unit.hf_names()}
+    if at.pp == stage and expert_rank in (None, at.ep):
+        for rule in unit.rules:
+            own = shards[unit.megatron_name(rule, layer_spec, facts, layout)]
+            cut = expert_rank is None and rule.cut != "replicated"
+            parts = all_gather_shards(own.detach(), groups.tp) if cut else [own]
+            for rank, part in enumerate(parts):
+                for piece in unit.plan(rule, facts, rank, len(parts)).pieces:
+                    tensors[piece.name][piece.source] = part[piece.target]
+    for name, tensor in tensors.items():
+        if at.pp == stage and expert_rank is not None:
+            broadcast_from_position(tensor, expert_rank, groups.ep)
+        yield name, broadcast_from_position(tensor, stage, groups.pp)

@@ -1,0 +1,59 @@
+"""Worlds of gloo ranks for tests: `spawn` runs a function on every rank and returns what each returned."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as torch_multiprocessing
+
+TIMEOUT_SECONDS = 300
+
+
+def _rank_main(
+    rank: int, fn: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]
+) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=world_size,
+        timeout=datetime.timedelta(seconds=TIMEOUT_SECONDS),
+    )
+    result = fn(*args)
+    (Path(folder) / f"result_{rank}").write_bytes(pickle.dumps(result))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def spawn(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Run `fn(*args)` on `world_size` gloo ranks with one thread each; returns every rank's result.
+
+    An exception on any rank ends all of them and is raised here with that rank's traceback.
+
+    Args:
+        fn: a module-level function; `args` and its result must pickle.
+    """
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    os.environ["OMP_NUM_THREADS"] = "1"
+    multiprocessing.set_forkserver_preload(["tests.distributed.preload"])
+    with tempfile.TemporaryDirectory() as folder:
+        torch_multiprocessing.start_processes(
+            _rank_main,
+            (fn, world_size, folder, args),
+            nprocs=world_size,
+            start_method="forkserver",
+        )
+        return [
+            pickle.loads((Path(folder) / f"result_{rank}").read_bytes())
+            for rank in range(world_size)
+        ]

@@ -1,0 +1,19 @@
+"""Imported once by the process that every test rank is forked from: imports take most of a rank's start."""
+
+import warnings
+
+warnings.filterwarnings("ignore")
+
+from megatron_vopd import cpu_runtime  # noqa: E402
+
+cpu_runtime.activate()
+
+import transformers.models.llama.modeling_llama  # noqa: E402
+import transformers.models.qwen2.modeling_qwen2  # noqa: E402
+import transformers.models.qwen3.modeling_qwen3  # noqa: E402
+import transformers.models.qwen3_moe.modeling_qwen3_moe  # noqa: E402, F401
+from megatron.core import dist_checkpointing  # noqa: E402, F401
+from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402, F401
+
+import megatron_vopd.hf_io  # noqa: E402
+import megatron_vopd.model  # noqa: E402, F401
