@@ -86,6 +86,11 @@ def build_model(
     model.rotary_pos_emb.inv_freq = rope_frequencies(hf_config).to(options.device)
     if groups.is_last_stage and options.output == "hidden":
         model.output_layer.forward = _return_hidden
+    for name, parameter in model.named_parameters():
+        if ".experts." in name:
+            # Whole experts are replicated over tp as well. megatron-core marks them for reduction over
+            # their own replicas only if ep > 1; without the mark tp ranks keep partial gradients.
+            setattr(parameter, "allreduce", False)  # noqa: B010
     if not options.trained:
         model.requires_grad_(False)
         model.eval()

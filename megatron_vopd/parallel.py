@@ -129,13 +129,17 @@ def _expert_place(layout: Layout, rank: int) -> dict[str, int]:
     return {"ep": at.ep, "edp": rank % stage_size // layout.ep, "pp": at.pp}
 
 
-def student_groups(layout: Layout) -> Groups:
+def student_groups(layout: Layout, seed: int = 0) -> Groups:
     """Initialise megatron-core's parallel state with `layout` and return its groups.
 
     Called once a process by every rank of the world, in the same order as other group creation.
+
+    Args:
+        seed: of megatron-core's random states, which recomputation and sequence parallelism fork.
     """
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
     _require_world(layout)
     parallel_state.initialize_model_parallel(
@@ -145,6 +149,7 @@ def student_groups(layout: Layout) -> Groups:
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1,
     )
+    model_parallel_cuda_manual_seed(seed)
     collection = ProcessGroupCollection.use_mpu_process_groups(
         [*_DECODER_GROUPS, *_EXPERT_GROUPS, "embd", "pos_embd", "intra_dist_opt"]
     )

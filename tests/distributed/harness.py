@@ -1,4 +1,4 @@
-"""Worlds of gloo ranks for tests: `spawn` runs a function on every rank and returns what each returned."""
+"""Worlds of gloo ranks for tests: `spawn` runs a function on every rank, returns all results."""
 
 from __future__ import annotations
 
@@ -18,9 +18,8 @@ import torch.multiprocessing as torch_multiprocessing
 TIMEOUT_SECONDS = 300
 
 
-def _rank_main(
-    rank: int, fn: Callable[..., Any], world_size: int, folder: str, args: tuple[Any, ...]
-) -> None:
+def _rank_main(rank: int, world_size: int, folder: str) -> None:
+    fn, args = pickle.loads((Path(folder) / "call").read_bytes())
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
@@ -47,9 +46,11 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     os.environ["OMP_NUM_THREADS"] = "1"
     multiprocessing.set_forkserver_preload(["tests.distributed.preload"])
     with tempfile.TemporaryDirectory() as folder:
+        # By file: tensors sent through the process pipe take a file descriptor each.
+        (Path(folder) / "call").write_bytes(pickle.dumps((fn, args)))
         torch_multiprocessing.start_processes(
             _rank_main,
-            (fn, world_size, folder, args),
+            (world_size, folder),
             nprocs=world_size,
             start_method="forkserver",
         )
