@@ -46,10 +46,14 @@ class Piece:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """One parameter of one rank: local shape, and the pieces that fill it (surplus rows are zero)."""
+    """One parameter of one rank: local shape, and the pieces that fill it.
+
+    Rows that no piece fills are zero. `partition_dim` is the dimension cut over tp, or None.
+    """
 
     shape: tuple[int, ...]
     pieces: tuple[Piece, ...]
+    partition_dim: int | None = None
 
 
 @dataclass(frozen=True)
@@ -295,13 +299,13 @@ def shard_plan(
         width = shape[1] // tp
         columns = slice(rank * width, (rank + 1) * width)
         source, target = (slice(0, shape[0]), columns), (slice(0, shape[0]), slice(0, width))
-        return ShardPlan((shape[0], width), (Piece(names[0], source, target),))
+        return ShardPlan((shape[0], width), (Piece(names[0], source, target),), 1)
     if cut == "vocab":
         shard_rows = facts.padded_vocab_size(tp) // tp
         start = min(rank * shard_rows, facts.vocab_size)
         stop = min(start + shard_rows, facts.vocab_size)
         piece = Piece(names[0], (slice(start, stop),), (slice(0, stop - start),))
-        return ShardPlan((shard_rows, *shape[1:]), (piece,) if stop > start else ())
+        return ShardPlan((shard_rows, *shape[1:]), (piece,) if stop > start else (), 0)
     blocks = _blocks(cut, names, facts, kv_repeat)
     pieces, filled = [], 0
     for start, stop in _row_ranges(cut, blocks, rank, tp):
@@ -313,7 +317,7 @@ def shard_plan(
                 pieces.append(Piece(name, (source,), (slice(filled, filled + high - low),)))
                 filled += high - low
             at += rows
-    return ShardPlan((filled, *shape[1:]), tuple(pieces))
+    return ShardPlan((filled, *shape[1:]), tuple(pieces), None if cut == "replicated" else 0)
 
 
 def shard_parameters(

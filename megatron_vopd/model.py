@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_vopd.attention import CausalAttention, RMSNorm
+from megatron_vopd.hf_mapping import shard_parameters
 from megatron_vopd.model_facts import ModelError, ModelFacts, layout_problems
 from megatron_vopd.parallel import Groups
 from megatron_vopd.types import LayoutError
@@ -86,15 +87,34 @@ def build_model(
     model.rotary_pos_emb.inv_freq = rope_frequencies(hf_config).to(options.device)
     if groups.is_last_stage and options.output == "hidden":
         model.output_layer.forward = _return_hidden
-    for name, parameter in model.named_parameters():
-        if ".experts." in name:
-            # Whole experts are replicated over tp as well. megatron-core marks them for reduction over
-            # their own replicas only if ep > 1; without the mark tp ranks keep partial gradients.
-            setattr(parameter, "allreduce", False)  # noqa: B010
+    _mark_parameters(model, facts, groups, options)
     if not options.trained:
         model.requires_grad_(False)
         model.eval()
     return model
+
+
+def _mark_parameters(
+    model: GPTModel, facts: ModelFacts, groups: Groups, options: ModelOptions
+) -> None:
+    """Marks by which megatron-core sums gradients and counts each one once in the gradient norm.
+
+    megatron-core sets them while it initialises weights, which is switched off here. Experts are
+    whole, also where tp > 1: their gradients are summed over their own replicas, and every rank counts
+    its own in the norm, whose group for experts has no replicas in it.
+    """
+    repeat = kv_repeat(facts, groups.layout.tp, options.trained)
+    plans = shard_parameters(facts, groups.layout, groups.coordinates, options.layer_spec, repeat)
+    for name, parameter in model.named_parameters():
+        is_expert, cut_dim = ".experts." in name, plans[name].partition_dim
+        marks = {
+            "allreduce": not is_expert,
+            "tensor_model_parallel": is_expert or cut_dim is not None,
+            "partition_dim": -1 if cut_dim is None else cut_dim,
+            "partition_stride": 2 if name.endswith("mlp.linear_fc1.weight") else 1,
+        }
+        for mark, value in marks.items():
+            setattr(parameter, mark, value)
 
 
 def _return_hidden(hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
