@@ -21,7 +21,7 @@ from megatron_vopd.ops import reference
 Impl = Literal["auto", "cpu", "cuda", "reference"]
 IMPLS = ("auto", "cpu", "cuda", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-OPERATORS = ("merge_topk",)
+OPERATORS = ("local_stats", "merge_stats", "merge_topk", "logits_gradient")
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,10 @@ class Kernels:
     """One implementation of every operator; the signatures are those of `ops.reference`."""
 
     name: str
+    local_stats: Callable
+    merge_stats: Callable
     merge_topk: Callable
+    logits_gradient: Callable
 
 
 @functools.cache
