@@ -1,0 +1,98 @@
+"""The one door to the kernels: `impl` is resolved here, once, and what is missing raises.
+
+``auto`` takes the compiled kernels of the tensor's device (fp32 and bf16) and the reference for
+fp64, which only the reference computes. Naming an implementation is a demand, never a wish.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Literal
+
+import torch
+
+from megatron_vopd.ops import reference
+
+Impl = Literal["auto", "cpu", "cuda", "reference"]
+IMPLS = ("auto", "cpu", "cuda", "reference")
+NATIVE_DTYPES = (torch.float32, torch.bfloat16)
+OPERATORS = ("local_stats", "merge_stats", "merge_topk", "logits_gradient")
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """One implementation of every operator; the signatures are those of `ops.reference`."""
+
+    name: str
+    local_stats: Callable
+    merge_stats: Callable
+    merge_topk: Callable
+    logits_gradient: Callable
+
+
+@functools.cache
+def extension() -> ModuleType | None:
+    """The compiled module, or None where it was not built (then only the reference exists)."""
+    try:
+        module = importlib.import_module("megatron_vopd._C")
+    except ModuleNotFoundError:
+        return None
+    importlib.import_module("megatron_vopd.ops.fake")
+    return module
+
+
+def build_info() -> dict[str, str]:
+    """What was built: `isa` in use, `detected_isa`, `cuda_archs` ("" without CUDA), `compiler`."""
+    module = extension()
+    if module is None:
+        raise ValueError(f"the extension is not built; {BUILD_REMEDY}")
+    return module.build_info()
+
+
+BUILD_REMEDY = "build it with `pip install --no-build-isolation -e .`"
+
+
+def _why_missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the compiled kernels `name` (cpu or cuda) cannot take such a tensor; None if they can."""
+    module = extension()
+    if module is None:
+        return f"the extension is not built; {BUILD_REMEDY}"
+    if device.type != name:
+        return f"the tensors are on {device.type}; move them, or use impl='auto'"
+    if name == "cuda" and not module.build_info()["cuda_archs"]:
+        return "the extension was built without CUDA; rebuild with MEGATRON_VOPD_CUDA=1"
+    if dtype not in NATIVE_DTYPES:
+        return f"the logits are {dtype}; cast to float32, or use impl='reference'"
+    return None
+
+
+@functools.cache
+def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """The kernels for logits of `dtype` on `device`; logged once per distinct answer.
+
+    Raises:
+        ValueError: `impl` is unknown, or names an implementation that is missing here.
+    """
+    if impl not in IMPLS:
+        raise ValueError(f"impl: expected one of {', '.join(IMPLS)}, got {impl!r}")
+    name = impl
+    if impl == "auto":
+        name = "reference" if dtype == torch.float64 else device.type
+    if name not in IMPLS:
+        raise ValueError(f"impl: no kernels for device {device.type}; use impl='reference'")
+    if name == "reference":
+        source = reference
+    else:
+        reason = _why_missing(name, device, dtype)
+        if reason:
+            raise ValueError(f"impl: {name!r} is not available: {reason}")
+        source = torch.ops.megatron_vopd
+    logger.info("distillation kernels for %s on %s: %s", dtype, device, name)
+    return Kernels(name, *(getattr(source, operator) for operator in OPERATORS))
