@@ -18,8 +18,8 @@ from torch.nn.functional import rms_norm, scaled_dot_product_attention
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, weight in the model's dtype.
 
-    Under sequence parallelism each tp rank sees its own tokens, so the weight's gradient is a partial
-    sum: the mark `sequence_parallel` on the weight makes megatron-core add the parts up over tp.
+    Under sequence parallelism each tp rank sees its own tokens, so the weight's gradient is a
+    partial sum: its mark `sequence_parallel` makes megatron-core add the parts up over tp.
     """
 
     def __init__(self, config: Any, hidden_size: int, eps: float = 1e-5, **_: Any) -> None:
@@ -40,7 +40,7 @@ class CausalAttention(torch.nn.Module):
     """Causal attention over this rank's heads: dense [S, B, heads, d] or packed [T, heads, d].
 
     Padding belongs at the end of a row, where a causal query never sees it; attention masks are
-    refused. Packed rows hold several sequences, bounded by `cu_seqlens`; each attends to itself only.
+    refused. Packed rows hold several sequences, bounded by `cu_seqlens`; each attends to itself.
     Grouped query heads share KV heads in order.
     """
 

@@ -7,10 +7,11 @@ device argument, literal `device="cuda"`, `.cuda()`, CUDA random states, streams
 - functions of `torch.cuda` that megatron-core calls are replaced by their CPU meaning;
 - a `TorchFunctionMode` turns CUDA devices into the CPU one. Function modes are local to a thread,
   so megatron-core must be driven from the thread that activated the runtime;
-- two functions of megatron-core itself are mended (random states, expert routing without
-  TransformerEngine).
+- three places of megatron-core itself are mended that assume TransformerEngine, Apex or CUDA:
+  random states, expert routing, loading the distributed optimizer.
 
-Nothing here runs unless `activate` is called, which the device setting `cpu` does and `cuda` never does.
+Nothing here runs unless `activate` is called, which the device setting `cpu` does and `cuda` never
+does.
 """
 
 from __future__ import annotations
@@ -122,11 +123,33 @@ def _all_to_all_with_lists(original: Any) -> Any:
     return all_to_all_single
 
 
+def _load_states_with_own_steps(original: Any) -> Any:
+    """torch's Adam counts steps per parameter; megatron-core loads one count for all to share.
+
+    Shared, the count would rise once per parameter in every step. In 0.16.1 loading even fails, for
+    want of the key.
+    """
+
+    def set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict) -> None:
+        group, order = self.model_param_group_index_map[model_param]
+        state = self.optimizer.state[self.optimizer.param_groups[group]["params"][order]]
+        if "step" in state:
+            state["step"] = state["step"].clone()
+            tensors = {**tensors, "step": state["step"]}
+        original(self, model_param, tensors)
+
+    return set_main_param_and_optimizer_states
+
+
 def _mend_megatron() -> None:
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
     from megatron.core.tensor_parallel import random as megatron_random
     from megatron.core.transformer.moe import moe_utils
 
     setattr(megatron_random, "_set_cuda_rng_state", _set_rng_state)  # noqa: B010
+    name = "_set_main_param_and_optimizer_states"
+    mended = _load_states_with_own_steps(getattr(DistributedOptimizer, name))
+    setattr(DistributedOptimizer, name, mended)
     if not hasattr(moe_utils, "te_general_gemm"):
         # Read by the router without a guard when TransformerEngine is not installed.
         setattr(moe_utils, "te_general_gemm", None)  # noqa: B010

@@ -1,15 +1,15 @@
 """HuggingFace folders in, HuggingFace tensors out, for a model that is spread over ranks.
 
 Loading: each rank reads from safetensors only the slices that fill its own parameters. Export: HF
-tensors are put together one after another in HF's order and handed to every rank in lockstep; besides
-its own shards no rank holds more than one projection, one expert or the embedding at a time. The same
-iterator feeds checkpoints in HF format and the weight push to the engines.
+tensors are put together one after another in HF's order and handed to every rank in lockstep;
+besides its own shards no rank holds more than one projection, one expert or the embedding at a
+time. The same iterator feeds checkpoints in HF format and the weight push to the engines.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -195,13 +195,13 @@ def export_weights(
         with_tied_head: also yield the head of a tied model, as `lm_head.weight`; engines that pack
             their weights keep a stale head otherwise.
     """
-    parameters = dict(model.named_parameters())
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
     return export_tensors(parameters, facts, groups, layer_spec, with_tied_head)
 
 
 @torch.no_grad()
 def export_tensors(
-    shards: dict[str, Tensor],
+    shards: Mapping[str, Tensor],
     facts: ModelFacts,
     groups: Groups,
     layer_spec: LayerSpec = "local",
@@ -222,7 +222,7 @@ def export_tensors(
 
 def _gather_unit(
     unit: Unit,
-    shards: dict[str, Tensor],
+    shards: Mapping[str, Tensor],
     facts: ModelFacts,
     groups: Groups,
     layer_spec: LayerSpec,

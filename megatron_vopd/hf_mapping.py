@@ -1,10 +1,10 @@
 """One table between HuggingFace tensors and megatron-core parameters, read in both directions.
 
-Each `Rule` names one megatron-core parameter, for the local and for the TransformerEngine layer spec,
-the HF tensors it is made of, and how it is cut over tensor-parallel ranks. From it
-`shard_plans` derives, for one rank, every parameter's shape and the `Piece`s that fill it. Loading
-copies pieces from HF tensors into the shard; export copies the same pieces back. There is no second
-description, so the two directions cannot disagree.
+Each `Rule` names one megatron-core parameter, for the local and for the TransformerEngine layer
+spec, the HF tensors it is made of, and how it is cut over tensor-parallel ranks. From it
+`shard_parameters` derives, for one rank, every parameter's shape and the `Piece`s that fill it.
+Loading copies pieces from HF tensors into the shard; export copies the same pieces back. There is
+no second description, so the two directions cannot disagree.
 
 The cuts (n = size of the cut dimension, r = rank, tp = ranks)::
 
@@ -58,7 +58,7 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter. `{i}` is the layer, `{e}` the expert: local numbers in megatron, global in HF."""
+    """One parameter. `{i}` is the layer, `{e}` the expert: numbered per rank, or globally in HF."""
 
     local: str
     te: str
@@ -215,7 +215,7 @@ class Unit:
         return None if self.expert is None else self.expert // (facts.num_experts // layout.ep)
 
     def megatron_name(self, rule: Rule, spec: LayerSpec, facts: ModelFacts, layout: Layout) -> str:
-        """Parameter name on the rank that holds it, with layer and expert numbered from its own first."""
+        """Parameter name on the rank that holds it; it counts layers and experts from its first."""
         layer, expert = self.layer or 0, self.expert or 0
         local_layer = layer % (facts.num_layers // layout.pp)
         local_expert = expert % max(1, facts.num_experts // layout.ep)
@@ -224,7 +224,7 @@ class Unit:
     def plan(
         self, rule: Rule, facts: ModelFacts, rank: int, tp: int, kv_repeat: int = 1
     ) -> ShardPlan:
-        """Plan of one of the rules on tensor-parallel rank `rank`. Experts are whole where they are."""
+        """Plan of one of the rules on tensor-parallel rank `rank`. Experts are never cut."""
         names = tuple(name.format(i=self.layer, e=self.expert) for name in rule.hf)
         if self.expert is not None:
             rank, tp = 0, 1

@@ -11,7 +11,7 @@ weight tying expect it (`head_weight`).
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import (
@@ -39,7 +39,7 @@ class ModelOptions:
         device: "cpu" or "cuda".
         layer_spec: "local" (runs anywhere) or "te" (TransformerEngine).
         sequence_parallel: cut activations along the sequence between tp ranks.
-        recompute: activations recomputed in the backward pass: none, attention only, or whole layers.
+        recompute: activations computed again in the backward pass: none, of attention, of layers.
         trained: False for a frozen model: no gradients, KV heads repeated where tp exceeds them.
         output: what the last stage returns: "hidden" [B, S, D] (S cut over tp under sequence
             parallelism) or "logits" [B, S, V_padded / tp].
@@ -100,8 +100,9 @@ def _mark_parameters(
     """Marks by which megatron-core sums gradients and counts each one once in the gradient norm.
 
     megatron-core sets them while it initialises weights, which is switched off here. Experts are
-    whole, also where tp > 1: their gradients are summed over their own replicas, and every rank counts
-    its own in the norm, whose group for experts has no replicas in it.
+    whole, also where tp > 1: their gradients are summed over their own replicas, and every rank
+    counts its own in the norm, whose group for experts has no replicas in it. megatron-core itself
+    does so only if ep > 1; otherwise tp ranks would keep partial gradients.
     """
     repeat = kv_repeat(facts, groups.layout.tp, options.trained)
     plans = shard_parameters(facts, groups.layout, groups.coordinates, options.layer_spec, repeat)
@@ -117,20 +118,21 @@ def _mark_parameters(
             setattr(parameter, mark, value)
 
 
-def _return_hidden(hidden: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
+def _return_hidden(input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
     """Stands where the output layer's matrix product was."""
-    return hidden, None
+    return input_, None
 
 
 def head_weight(model: GPTModel) -> Tensor:
     """The vocabulary head on the last stage [V_padded / tp, D]: the embedding's own when tied."""
-    if model.share_embeddings_and_output_weights:
-        return model.shared_embedding_or_output_weight()
-    return model.output_layer.weight
+    tied = model.share_embeddings_and_output_weights
+    weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
+    assert weight is not None, "only the last pipeline stage has the head"
+    return weight
 
 
 def kv_repeat(facts: ModelFacts, tp: int, trained: bool) -> int:
-    """Times each KV head is repeated: tp / KV heads in a frozen model with fewer KV heads than tp."""
+    """Times each KV head is repeated: tp / KV heads in a frozen model that has fewer than tp."""
     return 1 if trained else max(1, tp // facts.num_kv_heads)
 
 
@@ -232,7 +234,7 @@ def _expert_settings(facts: ModelFacts, options: ModelOptions) -> dict[str, Any]
 def _block_spec(
     config: TransformerConfig, facts: ModelFacts, groups: Groups, options: ModelOptions
 ) -> Any:
-    """Layers of this stage. The local spec gets our norm and attention, which need no extra package."""
+    """Layers of this stage. The local spec gets our norm and attention, which need no package."""
     if options.layer_spec == "te":
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=facts.num_experts or None,
@@ -245,11 +247,11 @@ def _block_spec(
         qk_layernorm=facts.qk_norm,
         normalization="RMSNorm",
     )
-    layer = spec.submodules
+    layer = cast(Any, spec.submodules)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
     attention = layer.self_attention.submodules
     attention.core_attention = CausalAttention
     if facts.qk_norm:
         attention.q_layernorm = attention.k_layernorm = RMSNorm
     layers = [replace(spec) for _ in range(facts.num_layers // groups.layout.pp)]
-    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=RMSNorm)
+    return TransformerBlockSubmodules(layer_specs=layers, layer_norm=cast(Any, RMSNorm))

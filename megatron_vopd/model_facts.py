@@ -1,7 +1,7 @@
 """The facts of a HuggingFace config that decide a model's shape, and what they allow.
 
-Read once from the config, then handed on as plain numbers: the model builder, the weight mapping, the
-preflight and the memory estimate all work from `ModelFacts`.
+Read once from the config, then handed on as plain numbers: the model builder, the weight mapping
+and the preflight all work from `ModelFacts`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ARCHITECTURES: dict[str, tuple[bool, bool, bool]] = {
     "qwen3_moe": (False, True, True),
 }
 
-# The padded vocabulary is a multiple of this on every tensor-parallel rank: 8 bf16 values are 16 bytes.
+# Rows of the padded vocabulary on a tp rank are a multiple of this: 8 bf16 values are 16 bytes.
 VOCAB_ALIGNMENT = 8
 
 
@@ -91,7 +91,8 @@ def facts_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         raise ModelError(
-            f"{where}: model_type {model_type!r} is not supported; use one of {sorted(ARCHITECTURES)}"
+            f"{where}: model_type {model_type!r} is not supported; "
+            f"use one of {sorted(ARCHITECTURES)}"
         )
     for key, allowed in _UNSUPPORTED:
         if config.get(key) not in allowed and not _is_architecture_default(model_type, key):
@@ -135,8 +136,8 @@ def layout_problems(
     """Why this model cannot be cut this way: one line per reason, with the sizes that would work.
 
     Args:
-        trained: the student (True) or a frozen model. A frozen model may have fewer KV heads than tp:
-            they are replicated when it is loaded.
+        trained: the student (True) or a frozen model, whose KV heads are repeated when it is loaded
+            with a larger tp.
         sequence_parallel: whether activations are cut along the sequence between tp ranks.
     """
     problems = []

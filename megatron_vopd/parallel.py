@@ -4,8 +4,8 @@ The student lives in megatron-core's `parallel_state`, because leaf functions of
 back to those global groups. A second model (the teacher) has groups of its own over the same ranks,
 cut from its `Layout` and handed to every constructor and schedule by name.
 
-Both come as one frozen `Groups`. No group in it is None: a rank that is alone on an axis has a group
-of size one. That matters because torch reads `group=None` as the whole world.
+Both come as one frozen `Groups`. No group in it is None: a rank that is alone on an axis has a
+group of size one. That matters because torch reads `group=None` as the whole world.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ from __future__ import annotations
 import datetime
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 
 from megatron_vopd import cpu_runtime
 from megatron_vopd.types import Coordinates, Layout, LayoutError
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
 
 # Every group that megatron-core's models, schedules, gradient reduction and checkpoints ask for,
 # with the axes along which its members differ. `edp` is the data parallelism of the experts.
@@ -55,7 +59,7 @@ class Groups:
 
     layout: Layout
     coordinates: Coordinates
-    collection: ProcessGroupCollection  # noqa: F821
+    collection: ProcessGroupCollection
 
     @property
     def tp(self) -> dist.ProcessGroup:
@@ -215,11 +219,11 @@ def broadcast_from_position(
 def _own_group(members: list[list[int]]) -> dist.ProcessGroup:
     """Create one group per list (every rank must call with the same lists); return this rank's."""
     own, _ = dist.new_subgroups_by_enumeration(members)
-    assert own is not None, f"rank {dist.get_rank()} is in none of {members}"
+    assert isinstance(own, dist.ProcessGroup), f"rank {dist.get_rank()} is in none of {members}"
     return own
 
 
-def _frozen(layout: Layout, collection: ProcessGroupCollection) -> Groups:  # noqa: F821
+def _frozen(layout: Layout, collection: ProcessGroupCollection) -> Groups:
     missing = [name for name, group in vars(collection).items() if group is None]
     assert not missing, f"process groups without members: {missing}"
     return Groups(layout, layout.coordinates(dist.get_rank()), collection)
@@ -228,6 +232,6 @@ def _frozen(layout: Layout, collection: ProcessGroupCollection) -> Groups:  # no
 def _require_world(layout: Layout) -> None:
     if layout.world_size != dist.get_world_size():
         raise LayoutError(
-            f"the layout is for {layout.world_size} ranks, torchrun started {dist.get_world_size()}; "
+            f"the layout is for {layout.world_size} ranks, but {dist.get_world_size()} started; "
             f"start torchrun with --nproc-per-node x --nnodes = {layout.world_size}"
         )

@@ -2,7 +2,7 @@
 
 Shape suffixes (used in names: ``logits_TV``, ``labels_T``)::
 
-    T  tokens (a packed row of one or several sequences)   V  vocabulary (or this rank's shard of it)
+    T  tokens (a packed row of one or several sequences)   V  vocabulary (or this rank's shard)
     D  hidden size                                         K  top-k entries
     P  prompts                                             G  samples per prompt
     B  batch rows                                          S  sequence positions
@@ -44,10 +44,10 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Layout:
-    """How `world_size` ranks are cut: tp fastest, then cp, dp, and pp slowest (megatron-core's order).
+    """How `world_size` ranks are cut: tp fastest, then cp, dp, pp slowest (megatron-core's order).
 
-    Experts are never cut inside (expert tensor size 1): within a pipeline stage they are spread over
-    `ep` consecutive ranks, and the remaining `world_size / (pp * ep)` ranks are their data parallelism.
+    Experts are never cut inside (expert tensor size 1): within a pipeline stage they are spread
+    over `ep` consecutive ranks; the other `world_size / (pp * ep)` are their data parallelism.
     """
 
     world_size: int
@@ -63,14 +63,14 @@ class Layout:
                 raise LayoutError(f"{name}={size} is not a parallel size; use an integer >= 1")
         if self.world_size % (self.tp * self.pp * self.cp):
             raise LayoutError(
-                f"tp={self.tp} x pp={self.pp} x cp={self.cp} = {self.tp * self.pp * self.cp} does not "
-                f"divide the world of {self.world_size} ranks; the product must be one of "
+                f"tp={self.tp} x pp={self.pp} x cp={self.cp} = {self.tp * self.pp * self.cp} does "
+                f"not divide the world of {self.world_size} ranks; the product must be one of "
                 f"{divisors(self.world_size)}"
             )
         if self.world_size % (self.pp * self.ep):
             raise LayoutError(
-                f"ep={self.ep} does not divide the {self.world_size // self.pp} ranks of a pipeline "
-                f"stage (world {self.world_size} / pp={self.pp}); ep must be one of "
+                f"ep={self.ep} does not divide the {self.world_size // self.pp} ranks of a "
+                f"pipeline stage (world {self.world_size} / pp={self.pp}); ep must be one of "
                 f"{divisors(self.world_size // self.pp)}"
             )
 
@@ -97,5 +97,7 @@ class Layout:
 
     def __str__(self) -> str:
         sizes = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "ep": self.ep}
-        cut = " x ".join(f"{name} {size}" for name, size in sizes.items() if size > 1 or name in "tp pp")
+        cut = " x ".join(
+            f"{name} {size}" for name, size in sizes.items() if size > 1 or name in "tp pp"
+        )
         return f"{cut} x dp {self.dp}"

@@ -1,4 +1,4 @@
-"""Small random models of every supported architecture, saved in HF format by transformers itself."""
+"""Small random models of every supported architecture, saved by transformers itself."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _SIZES: dict[str, Any] = {
     "rms_norm_eps": 1e-6,
     "initializer_range": 0.15,
 }
-# head_dim 24 is not hidden / heads; one KV head is fewer than tp; Llama 3.1 scales its rotary bands.
+# head_dim 24 is not hidden / heads; one KV head is fewer than tp; Llama 3.1 scales rotary bands.
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 24},
     "qwen2": {"num_key_value_heads": 1},

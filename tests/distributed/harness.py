@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as torch_multiprocessing
+from torch.multiprocessing.spawn import start_processes
 
 TIMEOUT_SECONDS = 300
 
@@ -48,7 +48,7 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         # By file: tensors sent through the process pipe take a file descriptor each.
         (Path(folder) / "call").write_bytes(pickle.dumps((fn, args)))
-        torch_multiprocessing.start_processes(
+        start_processes(
             _rank_main,
             (world_size, folder),
             nprocs=world_size,

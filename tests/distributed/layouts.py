@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -51,11 +52,11 @@ def enter(case: Case) -> Groups:
 
 
 def build(
-    model_dir: str, case: Case, groups: Groups, dtype: torch.dtype = torch.float32, **options: object
-) -> tuple[torch.nn.Module, ModelFacts]:
+    model_dir: str, case: Case, groups: Groups, dtype: torch.dtype = torch.float32
+) -> tuple[Any, ModelFacts]:
     """On a rank: its shard of the model in `model_dir`, loaded."""
     config, facts = read_config(model_dir)
-    settings = ModelOptions(dtype=dtype, sequence_parallel=case.sequence_parallel, **options)  # pyright: ignore
+    settings = ModelOptions(dtype=dtype, sequence_parallel=case.sequence_parallel)
     model = build_model(config, facts, groups, settings)
     load_weights(model, facts, groups, model_dir)
     return model, facts

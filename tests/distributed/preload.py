@@ -1,4 +1,4 @@
-"""Imported once by the process that every test rank is forked from: imports take most of a rank's start."""
+"""Imported once by the process that every test rank is forked from: imports are slow."""
 
 import warnings
 

@@ -48,8 +48,8 @@ def _reference(model_dir: Path, microbatches: list[Microbatch]) -> Reference:
         for batch, outputs in zip(microbatches, logits, strict=True)
         for pair in zip(outputs, batch.labels, strict=True)
     ]
-    loss = sum(cross_entropy(out, labels, reduction="sum") for out, labels in pairs)
-    (loss / sum(len(labels) for _, labels in pairs)).backward()
+    losses = [cross_entropy(out, labels, reduction="sum") for out, labels in pairs]
+    (torch.stack(losses).sum() / sum(len(labels) for _, labels in pairs)).backward()
     return Reference(
         str(model_dir),
         [[out.detach() for out in outputs] for outputs in logits],

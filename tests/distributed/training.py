@@ -56,7 +56,7 @@ class Microbatch:
 
 
 def make_microbatches(vocab_size: int, seed: int = 1) -> list[Microbatch]:
-    """One padded and one packed microbatch of random tokens; the last ids of the vocabulary occur."""
+    """One padded and one packed microbatch of random tokens; the last id occurs in each row."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for packed, lengths in ((False, (24, 13)), (True, (9, 1, 17, 12))):

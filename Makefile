@@ -1,0 +1,45 @@
+# Each target makes .venv and installs what it needs; nothing but Python 3.11+, gcc and make is assumed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
+export OMP_NUM_THREADS ?= 1
+export GLOO_SOCKET_IFNAME ?= lo
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help install test test-all lint format clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+# torch comes first, because the extension is compiled against the torch that will load it.
+$(INSTALLED): pyproject.toml setup.py $(SOURCES)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; run: make PYTHON=python3.11 ...")'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet "torch==2.13.0" "setuptools>=77" ninja pybind11
+	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[cpu,dev]"
+	touch $@
+
+install: $(INSTALLED)  ## make .venv and build the extension
+
+test: lint  ## everything but the slow tests
+	$(BIN)/python -m pytest -m "not slow and not gpu"
+
+test-all: lint  ## the slow tests too
+	$(BIN)/python -m pytest -m "not gpu"
+
+lint: $(INSTALLED)  ## ruff, pyright, clang-format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/basedpyright --level error
+	$(if $(SOURCES),$(BIN)/clang-format --dry-run --Werror $(SOURCES))
+
+format: $(INSTALLED)  ## write the formatting that lint asks for
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format --quiet .
+	$(if $(SOURCES),$(BIN)/clang-format -i $(SOURCES))
+
+clean:  ## remove what was built; keeps .venv
+	rm -rf build *.egg-info megatron_vopd/_C*.so .pytest_cache .ruff_cache
+	rm -f $(INSTALLED)

@@ -1,0 +1,201 @@
+"""The `vopd` command. A mistake of the user ends in one line per problem and exit status 2."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from megatron_vopd import __version__
+from megatron_vopd.config import load_config
+from megatron_vopd.config.schema import Config
+from megatron_vopd.config.table import as_yaml, config_table_markdown
+from megatron_vopd.config.world import smallest_world
+from megatron_vopd.preflight import preflight
+from megatron_vopd.problems import ConfigError, Problem, shown
+from megatron_vopd.types import Layout
+
+OK, MISTAKE = 0, 2
+MAX_RANKS_SHOWN = 64
+
+_CHECK_HELP = """\
+Check a configuration without starting anything and without a GPU: every setting, the conditions
+between settings, the parallel layouts, and the model folders (shape, context, tokenizer,
+end-of-sequence ids). Models and data given as hub ids are not downloaded, only listed.
+
+Prints the resolved configuration, the place of every rank in both layouts, and each problem on one
+line of standard error: `key: what was got, what is expected; what to do`.
+Exit status: 0 nothing wrong, 2 problems."""
+
+_CHECK_EXAMPLES = """\
+examples:
+  vopd check examples/math_qwen3_1.7b/config.yaml
+  vopd check config.yaml --world-size 8
+  vopd check config.yaml objective.baseline=topk objective.topk=100
+  vopd check config.yaml 'objective.prefix={student: 0.5, dataset: 0.5}' data.responses=./r.jsonl"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    parser, check_parser = _parsers()
+    options, surplus = parser.parse_known_args(arguments)
+    if options.command is None:
+        parser.print_help(sys.stderr)
+        return MISTAKE
+    if options.command == "config-table":
+        print(config_table_markdown(), end="")
+        return OK
+    unknown = [text for text in surplus if text.startswith("-")]
+    if unknown:
+        check_parser.error(f"unknown option {shown(unknown[0])}; settings are section.key=value")
+    return check(options.config, [*options.overrides, *surplus], options.world_size)
+
+
+def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+    plain = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        prog="vopd",
+        description="On-policy distillation on megatron-core and vLLM.",
+        epilog="examples:\n  vopd check CONFIG      is this configuration sound?\n"
+        "  vopd check --help      more about it",
+        formatter_class=plain,
+    )
+    parser.add_argument("--version", action="version", version=f"vopd {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="command")
+    checking = commands.add_parser(
+        "check",
+        help="check a configuration and show where every rank goes",
+        description=_CHECK_HELP,
+        epilog=_CHECK_EXAMPLES,
+        formatter_class=plain,
+    )
+    checking.add_argument("config", metavar="CONFIG", help="YAML file; see examples/")
+    checking.add_argument(
+        "overrides", metavar="section.key=value", nargs="*", help="settings that replace the file's"
+    )
+    checking.add_argument(
+        "--world-size",
+        type=int,
+        metavar="N",
+        help="number of ranks (default: $WORLD_SIZE, else the fewest that the layouts need)",
+    )
+    commands.add_parser(
+        "config-table",
+        help="print all settings with values, defaults and meaning (Markdown)",
+        description="Print all settings as a Markdown table: values, defaults and meaning.",
+    )
+    return parser, checking
+
+
+def check(path: str, overrides: list[str], world_size: int | None) -> int:
+    """Print what `path` with `overrides` resolves to and everything that is wrong with it."""
+    console = _console()
+    try:
+        config = load_config(path, overrides)
+        num_ranks, reason = _world_size(config, world_size)
+    except ConfigError as error:
+        return _report(error.problems)
+    _print_config(console, config)
+    findings = preflight(config, num_ranks)
+    if findings.cuts:
+        _print_ranks(console, findings.cuts, num_ranks, reason)
+    for notice in findings.notices:
+        console.print(Text(f"note: {notice}"), soft_wrap=True)
+    if findings.problems:
+        return _report(findings.problems)
+    console.print(Text("no problems found", style="green"))
+    return OK
+
+
+def _console() -> Console:
+    """Plain text that is never cut when the output is no terminal."""
+    is_terminal = sys.stdout.isatty()
+    return Console(
+        file=sys.stdout,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        width=None if is_terminal else 10_000,
+        force_terminal=is_terminal,
+    )
+
+
+def _report(problems: Sequence[Problem]) -> int:
+    sys.stdout.flush()
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    count = len(problems)
+    print(f"{count} problem{'s' if count > 1 else ''} found", file=sys.stderr)
+    return MISTAKE
+
+
+def _world_size(config: Config, given: int | None) -> tuple[int, str]:
+    """Number of ranks, and where it comes from; raises ConfigError."""
+    if given is not None:
+        return given, "--world-size"
+    text = os.environ.get("WORLD_SIZE", "").strip()
+    if not text:
+        return smallest_world(config), "the fewest that the layouts need"
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        remedy = "set it to the number of ranks, unset it, or give --world-size"
+        raise ConfigError([Problem("WORLD_SIZE", shown(text), "an integer >= 1", remedy)])
+    return int(text), "WORLD_SIZE"
+
+
+def _print_config(console: Console, config: Config) -> None:
+    """One paragraph per section; settings that differ from the default are bold."""
+    for section in type(config).model_fields:
+        value = getattr(config, section)
+        models = value if isinstance(value, dict) else {"": value}
+        for name, model in models.items():
+            if model is None:
+                continue
+            line = Text(f"{section}.{name}" if name else section, style="cyan")
+            for key, field in type(model).model_fields.items():
+                setting = getattr(model, key)
+                changed = field.is_required() or setting != field.default
+                line.append(f"  {key}=", style="default")
+                line.append(as_yaml(setting), style="bold default" if changed else "default")
+            console.print(line, soft_wrap=not console.is_terminal)
+
+
+def _print_ranks(console: Console, cuts: dict[str, Layout], num_ranks: int, reason: str) -> None:
+    """A row per rank with its coordinates in every model's layout."""
+    console.print(Text(f"\n{num_ranks} ranks ({reason})"))
+    for key, layout in cuts.items():
+        console.print(Text(f"{key}: {layout}"))
+    axes = {
+        key: [axis for axis in ("tp", "pp", "dp", "cp", "ep") if _is_shown(layout, axis)]
+        for key, layout in cuts.items()
+    }
+    table = Table(box=None, pad_edge=False)
+    table.add_column("rank", justify="right")
+    for key in cuts:
+        for axis in axes[key]:
+            table.add_column(Text(f"{key} {axis}"), justify="right", no_wrap=True)
+    for rank in range(min(num_ranks, MAX_RANKS_SHOWN)):
+        row = [str(rank)]
+        for key, layout in cuts.items():
+            place = layout.coordinates(rank)
+            row += [str(getattr(place, axis)) for axis in axes[key]]
+        table.add_row(*row)
+    console.print(table)
+    if num_ranks > MAX_RANKS_SHOWN:
+        console.print(Text(f"... and {num_ranks - MAX_RANKS_SHOWN} more ranks"))
+
+
+def _is_shown(layout: Layout, axis: str) -> bool:
+    return axis in ("tp", "pp", "dp") or getattr(layout, axis) > 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

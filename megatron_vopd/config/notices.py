@@ -1,0 +1,53 @@
+"""Settings that were changed from their default but have no effect in this configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from megatron_vopd.config.schema import Config
+from megatron_vopd.problems import Notice
+
+
+def _unused(config: Config) -> Iterator[tuple[str, bool, str]]:
+    """(key, whether the configuration ignores it, when it would be used)."""
+    objective, curriculum, parallel = config.objective, config.curriculum, config.parallel
+    sampled = objective.estimator == "sampled"
+    gated = curriculum.kind == "entropy_gated"
+    corrected = sampled and objective.importance != "none"
+    rollouts = "student" in objective.prefix_fractions
+    for key in ("baseline", "importance", "allow_biased_sampling"):
+        yield f"objective.{key}", not sampled, "objective.estimator=sampled"
+    yield "objective.importance_cap", not corrected, "importance truncate or mask of sampled tokens"
+    for key in ("topk", "entropy_gate"):
+        yield f"objective.{key}", not config.scores_with_teacher, "a teacher that scores"
+    for key in ("ema", "min_entropy", "held_out_prompts"):
+        yield f"curriculum.{key}", not gated, "curriculum.kind=entropy_gated"
+    yield "curriculum.interval", curriculum.kind == "fixed", "a curriculum that moves"
+    yield "parallel.sequence_parallel", parallel.tp == 1, "parallel.tp > 1"
+    yield "data.teacher_field", len(config.teachers) < 2, "several teachers"
+    yield "data.responses", set(objective.prefix_fractions) == {"student"}, "another prefix"
+    yield "rollout.samples_per_prompt", not rollouts, "rollouts of the student"
+    yield "optimizer.min_learning_rate", config.optimizer.schedule == "constant", "a decay"
+    yield "evaluation.samples", config.data.evaluation is None, "data.evaluation"
+    yield "teacher", not config.scores_with_teacher, "another estimator than hard"
+
+
+def notices(config: Config) -> list[Notice]:
+    """One notice for each setting that is ignored, and for a doubtful combination."""
+    found: list[Notice] = []
+    for key, ignored, user in _unused(config):
+        value, default = config, None
+        for part in key.split("."):
+            default = type(value).model_fields[part].default
+            value = getattr(value, part)
+        if ignored and value != default:
+            found.append(Notice(key, f"has no effect here; it is used with {user}"))
+    objective = config.objective
+    given = set(objective.prefix_fractions) - {"student"}
+    if objective.estimator == "sampled" and given:
+        text = "tokens that the student did not sample make estimator=sampled biased; exact is not"
+        found.append(Notice("objective.prefix", text))
+    if config.evaluation.temperature == 0 and config.evaluation.samples > 1:
+        text = "greedy decoding gives the same response every time; 1 sample is enough"
+        found.append(Notice("evaluation.samples", text))
+    return found

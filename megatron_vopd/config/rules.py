@@ -1,0 +1,327 @@
+"""Conditions between settings: `problems(config)` returns every violation.
+
+A rule is one small generator in the tuple at the end. Conditions that need the size of the world
+are in world, those on files in paths.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from itertools import pairwise
+from urllib.parse import urlsplit
+
+from megatron_vopd.config.method import ObjectiveSection
+from megatron_vopd.config.paths import path_problems
+from megatron_vopd.config.schema import Config
+from megatron_vopd.problems import Problem, shown
+
+
+def _sampling(config: Config) -> Iterator[Problem]:
+    objective, rollout = config.objective, config.rollout
+    on_policy = "student" in objective.prefix_fractions
+    if objective.estimator != "sampled" or not on_policy or objective.allow_biased_sampling:
+        return
+    for name in ("temperature", "top_p"):
+        value = getattr(rollout, name)
+        if value != 1:
+            yield Problem(
+                f"rollout.{name}",
+                f"{value:g}",
+                "1, because objective.estimator=sampled is biased otherwise",
+                f"set rollout.{name}=1, or accept it by objective.allow_biased_sampling=true",
+                ("objective.estimator", "objective.prefix", "objective.allow_biased_sampling"),
+            )
+
+
+def _topk(config: Config) -> Iterator[Problem]:
+    objective = config.objective
+    needs = objective.estimator == "sampled" and objective.baseline in ("topk", "topk_tail")
+    if needs and objective.topk == 0:
+        yield Problem(
+            "objective.topk",
+            "0",
+            f"1 to 1024 for objective.baseline={objective.baseline}",
+            "set objective.topk=100, the paper's value",
+            ("objective.baseline", "objective.estimator"),
+        )
+    if objective.estimator == "topk" and objective.topk < 2:
+        yield Problem(
+            "objective.topk",
+            str(objective.topk),
+            "2 to 1024 for objective.estimator=topk (one renormalised entry has no gradient)",
+            "set objective.topk=100",
+            ("objective.estimator",),
+        )
+
+
+def _direction(config: Config) -> Iterator[Problem]:
+    objective = config.objective
+    involves = ("objective.estimator", "objective.direction")
+    if objective.direction != "reverse" and objective.estimator != "exact":
+        yield Problem(
+            "objective.direction",
+            objective.direction,
+            f"reverse for objective.estimator={objective.estimator}",
+            "set objective.estimator=exact, or objective.direction=reverse",
+            involves,
+        )
+    mixes = objective.direction == "mixed" and objective.estimator == "exact"
+    default = ObjectiveSection.model_fields["reverse_weight"].default
+    if objective.reverse_weight != default and not mixes:
+        yield Problem(
+            "objective.reverse_weight",
+            f"{objective.reverse_weight:g}",
+            "no weight unless objective.estimator=exact and objective.direction=mixed",
+            "set both, or remove objective.reverse_weight",
+            involves,
+        )
+
+
+def _reward(config: Config) -> Iterator[Problem]:
+    objective = config.objective
+    plain_opd = objective.estimator == "sampled" and objective.baseline == "none"
+    if objective.reward_floor is not None and not plain_opd:
+        yield Problem(
+            "objective.reward_floor",
+            f"{objective.reward_floor:g}",
+            "null unless objective.estimator=sampled and objective.baseline=none (plain OPD)",
+            "set objective.baseline=none, or remove objective.reward_floor",
+            ("objective.estimator", "objective.baseline"),
+        )
+    if objective.task_reward_weight == 0:
+        return
+    involves = ("objective.estimator", "objective.prefix", "rollout.samples_per_prompt")
+    got = f"{objective.task_reward_weight:g}"
+    if objective.estimator != "sampled" or "student" not in objective.prefix_fractions:
+        yield Problem(
+            "objective.task_reward_weight",
+            got,
+            "0 unless objective.estimator=sampled with rollouts of the student",
+            "set objective.task_reward_weight=0",
+            involves,
+        )
+    elif config.rollout.samples_per_prompt < 2:
+        yield Problem(
+            "objective.task_reward_weight",
+            got,
+            "0 with one response per prompt (a group of one has no relative reward)",
+            "set rollout.samples_per_prompt=2 or more",
+            involves,
+        )
+
+
+def _prefix(config: Config) -> Iterator[Problem]:
+    objective, data = config.objective, config.data
+    sources = objective.prefix_fractions
+    if objective.estimator == "hard" and "student" in sources:
+        yield Problem(
+            "objective.prefix",
+            shown(objective.prefix),
+            "teacher or dataset for objective.estimator=hard, which learns given responses",
+            "set objective.prefix=dataset and data.responses",
+            ("objective.estimator",),
+        )
+    ready = [source for source in sources if source != "student"]
+    if ready and data.responses is None:
+        yield Problem(
+            "data.responses",
+            "nothing",
+            f"responses for objective.prefix={ready[0]}",
+            "set data.responses to the path of the responses, or objective.prefix=student",
+            ("objective.prefix",),
+        )
+    if "student" in sources and data.train is None:
+        yield Problem(
+            "data.train",
+            "nothing",
+            "prompts for rollouts of the student",
+            "set data.train to a path or hub id",
+            ("objective.prefix",),
+        )
+
+
+def _teachers(config: Config) -> Iterator[Problem]:
+    both = config.teacher is not None and bool(config.teachers)
+    involves = ("teachers", "objective.estimator")
+    if both:
+        yield Problem(
+            "teacher",
+            "a teacher and teachers",
+            "exactly one of the two sections",
+            "move the single teacher into teachers, or remove one section",
+            involves,
+        )
+    elif config.scores_with_teacher and not config.named_teachers:
+        yield Problem(
+            "teacher.path",
+            "no teacher",
+            "teacher or teachers",
+            "set teacher.path to a local folder or hub id",
+            involves,
+        )
+    for name in config.teachers:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]*", name):
+            yield Problem(
+                "teachers",
+                f"the name {shown(name)}",
+                "letters, digits, '_' and '-'",
+                "rename it, here and in the data",
+            )
+    if (
+        len(config.teachers) > 1
+        and config.scores_with_teacher
+        and config.data.teacher_field is None
+    ):
+        yield Problem(
+            "data.teacher_field",
+            "nothing",
+            f"the field that names one of {', '.join(sorted(config.teachers))}",
+            "set data.teacher_field",
+            involves,
+        )
+
+
+def _curriculum(config: Config) -> Iterator[Problem]:
+    curriculum = config.curriculum
+    ladder = curriculum.ladder
+    if any(low >= high for low, high in pairwise(ladder)):
+        yield Problem(
+            "curriculum.ladder",
+            str(list(ladder[:20])),
+            "lengths in ascending order, none twice",
+            f"write {sorted(set(ladder))[:20]}",
+        )
+    if curriculum.min_entropy is not None and curriculum.min_entropy_fraction is not None:
+        yield Problem(
+            "curriculum.min_entropy",
+            f"{curriculum.min_entropy:g} beside min_entropy_fraction",
+            "one of the two",
+            "remove curriculum.min_entropy or curriculum.min_entropy_fraction",
+            ("curriculum.min_entropy_fraction",),
+        )
+    longest = config.data.max_prompt_tokens + max(ladder)
+    if longest > config.train.max_tokens_per_microbatch:
+        yield Problem(
+            "train.max_tokens_per_microbatch",
+            str(config.train.max_tokens_per_microbatch),
+            f">= {longest} (data.max_prompt_tokens {config.data.max_prompt_tokens} + longest "
+            f"response {max(ladder)}), since a sequence is never split",
+            f"set train.max_tokens_per_microbatch={longest}, or shorten prompts or the ladder",
+            ("curriculum.ladder", "data.max_prompt_tokens"),
+        )
+
+
+def _rollout(config: Config) -> Iterator[Problem]:
+    rollout = config.rollout
+    if rollout.engine == "server" and not rollout.urls:
+        yield Problem(
+            "rollout.urls",
+            "no URLs",
+            "at least one for rollout.engine=server",
+            "set rollout.urls=[http://127.0.0.1:8000]",
+            ("rollout.engine",),
+        )
+    if rollout.engine == "local" and rollout.urls:
+        yield Problem(
+            "rollout.urls",
+            shown(list(rollout.urls)),
+            "no URLs for rollout.engine=local",
+            "remove rollout.urls, or set rollout.engine=server",
+            ("rollout.engine",),
+        )
+    for url in rollout.urls:
+        if not _is_server_url(url):
+            yield Problem(
+                "rollout.urls",
+                shown(url),
+                "http://host:port or https://host:port",
+                "write for example http://127.0.0.1:8000",
+            )
+    if rollout.max_staleness and rollout.engine == "local" and config.parallel.device != "cpu":
+        yield Problem(
+            "rollout.max_staleness",
+            str(rollout.max_staleness),
+            "0 when the engine shares the GPUs of the trainer",
+            "set rollout.max_staleness=0, or use rollout.engine=server (or parallel.device=cpu)",
+            ("rollout.engine", "parallel.device"),
+        )
+
+
+def _is_server_url(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        port_ok = parts.port is None or parts.port > 0
+    except ValueError:
+        return False
+    plain = not parts.query and not parts.fragment and parts.path in ("", "/")
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port_ok and plain
+
+
+def _optimizer(config: Config) -> Iterator[Problem]:
+    optimizer, steps = config.optimizer, config.train.steps
+    if optimizer.warmup_steps > steps:
+        yield Problem(
+            "optimizer.warmup_steps",
+            str(optimizer.warmup_steps),
+            f"at most train.steps={steps}",
+            "lower optimizer.warmup_steps or raise train.steps",
+            ("train.steps",),
+        )
+    if optimizer.min_learning_rate > optimizer.learning_rate:
+        yield Problem(
+            "optimizer.min_learning_rate",
+            f"{optimizer.min_learning_rate:g}",
+            f"at most optimizer.learning_rate={optimizer.learning_rate:g}",
+            "lower optimizer.min_learning_rate",
+            ("optimizer.learning_rate",),
+        )
+    if config.evaluation.k > config.evaluation.samples:
+        yield Problem(
+            "evaluation.k",
+            str(config.evaluation.k),
+            f"at most evaluation.samples={config.evaluation.samples}",
+            "lower evaluation.k or raise evaluation.samples",
+            ("evaluation.samples",),
+        )
+
+
+def _device(config: Config) -> Iterator[Problem]:
+    parallel = config.parallel
+    involves = ("parallel.device", "parallel.backend")
+    if parallel.backend == "te" and parallel.device == "cpu":
+        yield Problem(
+            "parallel.backend",
+            "te",
+            "local or auto on parallel.device=cpu (TransformerEngine needs a GPU)",
+            "set parallel.backend=auto",
+            involves,
+        )
+    if parallel.cp > 1 and (parallel.backend == "local" or parallel.device == "cpu"):
+        yield Problem(
+            "parallel.cp",
+            str(parallel.cp),
+            "1 without TransformerEngine, which context parallelism needs",
+            "set parallel.cp=1, or use a GPU with parallel.backend=te",
+            involves,
+        )
+
+
+RULES = (
+    _sampling,
+    _topk,
+    _direction,
+    _reward,
+    _prefix,
+    _teachers,
+    _curriculum,
+    _rollout,
+    _optimizer,
+    _device,
+    path_problems,
+)
+
+
+def problems(config: Config) -> list[Problem]:
+    """Every condition between keys that `config` violates."""
+    return [problem for rule in RULES for problem in rule(config)]

@@ -1,0 +1,176 @@
+"""What a local Hugging Face folder says about itself, read as bounded plain JSON.
+
+Nothing in the folder is imported or executed, and values are checked before use: a folder may come
+from anywhere.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_vopd.model_facts import ModelError, ModelFacts, facts_from_config
+from megatron_vopd.problems import shown
+
+MAX_JSON_BYTES = 128 * 2**20
+_LARGEST = 10**9
+_SIZES = (
+    "num_hidden_layers",
+    "hidden_size",
+    "intermediate_size",
+    "num_attention_heads",
+    "vocab_size",
+    "max_position_embeddings",
+)
+_OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "num_experts", "num_local_experts")
+_MOE_SIZES = ("moe_intermediate_size", "num_experts_per_tok")
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """One local model: shape, end-of-sequence ids, context, vocabulary, and code it carries.
+
+    `vocabulary` maps token -> id, or is None without a readable tokenizer.json; `context` is the
+    longest sequence in tokens, RoPE scaling included.
+    """
+
+    path: str
+    facts: ModelFacts
+    context: int
+    eos_ids: frozenset[int]
+    vocabulary: dict[str, int] | None
+    chat_template: str | None
+    code_files: tuple[str, ...]
+
+
+def read_model_folder(path: str) -> ModelFolder:
+    """The facts of the model at `path`; raises ModelError naming the file."""
+    where = os.path.join(path, "config.json")
+    if not os.path.isfile(where):
+        raise ModelError(
+            f"{path}: no config.json; give a Hugging Face model folder (config.json, "
+            "tokenizer.json, *.safetensors)"
+        )
+    try:
+        return _read(path, where)
+    except OSError as error:
+        name = error.filename or path
+        raise ModelError(f"{name}: {error.strerror}; check the file and its permissions") from None
+
+
+def _read(path: str, where: str) -> ModelFolder:
+    config = _read_json(where)
+    _check_sizes(config, where)
+    usual = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    return ModelFolder(
+        path=path,
+        facts=facts_from_config({**usual, **config}, where),
+        context=_context(config),
+        eos_ids=_eos_ids(path, config),
+        vocabulary=_vocabulary(os.path.join(path, "tokenizer.json")),
+        chat_template=_chat_template(path),
+        code_files=_code_files(path, config),
+    )
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    if os.path.getsize(path) > MAX_JSON_BYTES:
+        raise ModelError(f"{path}: more than {MAX_JSON_BYTES // 2**20} MiB; use the real file")
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except (ValueError, RecursionError):
+        raise ModelError(f"{path}: no valid JSON; copy the model folder again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: no JSON object; copy the model folder again")
+    return value
+
+
+def _read_optional(path: str) -> dict[str, Any]:
+    return _read_json(path) if os.path.isfile(path) else {}
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 < value <= _LARGEST
+
+
+def _check_sizes(config: dict[str, Any], where: str) -> None:
+    if not isinstance(config.get("model_type"), str):
+        raise ModelError(f"{where}: no model_type; give a Hugging Face model folder")
+    required: list[str] = list(_SIZES)
+    if config["model_type"].endswith("_moe"):
+        required += _MOE_SIZES
+        required.append("num_experts" if "num_experts" in config else "num_local_experts")
+    present = [key for key in _OPTIONAL_SIZES if config.get(key) is not None]
+    for key in [*required, *present]:
+        if not _is_size(config.get(key)):
+            raise ModelError(
+                f"{where}: {key}={shown(config.get(key))}; expected a positive integer: copy the "
+                "model's original config.json"
+            )
+
+
+def _context(config: dict[str, Any]) -> int:
+    """max_position_embeddings, or further where RoPE scaling stretches the original context."""
+    positions = config["max_position_embeddings"]
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if not isinstance(rope, dict):
+        return positions
+    factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
+    if isinstance(original, int) and isinstance(factor, int | float) and 1 <= factor <= 1e6:
+        return max(positions, int(factor * original))
+    return positions
+
+
+def _eos_ids(path: str, config: dict[str, Any]) -> frozenset[int]:
+    """generation_config.json decides; without it, config.json."""
+    where = os.path.join(path, "generation_config.json")
+    ids = _read_optional(where).get("eos_token_id")
+    if ids is None:
+        where, ids = os.path.join(path, "config.json"), config.get("eos_token_id")
+    listed = ids if isinstance(ids, list) else [] if ids is None else [ids]
+    if not all(_is_size(value) or value == 0 for value in listed):
+        raise ModelError(f"{where}: eos_token_id={shown(ids)}; expected token ids")
+    return frozenset(listed)
+
+
+def _vocabulary(tokenizer_path: str) -> dict[str, int] | None:
+    """Token -> id, added tokens included; None where there is no tokenizer.json."""
+    if not os.path.isfile(tokenizer_path):
+        return None
+    tokenizer = _read_json(tokenizer_path)
+    model = tokenizer.get("model")
+    entries = model.get("vocab") if isinstance(model, dict) else None
+    if isinstance(entries, list):
+        entries = {entry[0]: i for i, entry in enumerate(entries) if _is_piece(entry)}
+    if not isinstance(entries, dict):
+        raise ModelError(f"{tokenizer_path}: no model.vocab; save the tokenizer again")
+    vocabulary: dict[str, Any] = dict(entries)
+    added = tokenizer.get("added_tokens")
+    for token in added if isinstance(added, list) else []:
+        if isinstance(token, dict) and isinstance(token.get("content"), str):
+            vocabulary[token["content"]] = token.get("id")
+    if not all(isinstance(value, int) for value in vocabulary.values()):
+        raise ModelError(f"{tokenizer_path}: token ids that are no integers; save it again")
+    return vocabulary
+
+
+def _chat_template(path: str) -> str | None:
+    template_path = os.path.join(path, "chat_template.jinja")
+    if os.path.isfile(template_path):
+        with open(template_path, encoding="utf-8", errors="replace") as file:
+            return file.read(MAX_JSON_BYTES)
+    template = _read_optional(os.path.join(path, "tokenizer_config.json")).get("chat_template")
+    return template if isinstance(template, str) else None
+
+
+def _is_piece(entry: Any) -> bool:
+    return isinstance(entry, list) and bool(entry) and isinstance(entry[0], str)
+
+
+def _code_files(path: str, config: dict[str, Any]) -> tuple[str, ...]:
+    """Python files in the folder, and `auto_map` where the config asks for code."""
+    names = sorted(name for name in os.listdir(path) if name.endswith(".py"))
+    return (*(["auto_map"] if "auto_map" in config else []), *names)
