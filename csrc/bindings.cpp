@@ -5,12 +5,15 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <tuple>
 
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
+#include "distill_stats.h"
 
 namespace megatron_vopd {
 namespace {
@@ -59,6 +62,165 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_topk_cpu(const at::Tensor& 
     return {out_student, out_teacher, taken};
 }
 
+// Both logits of a call, checked alike by the statistics and the gradient.
+void check_logits(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& labels,
+                  int64_t num_valid, double temperature) {
+    TORCH_CHECK_VALUE(
+        student.dim() == 2 && student.size(1) >= num_valid && student.stride(1) == 1 &&
+            (student.scalar_type() == at::kFloat || student.scalar_type() == at::kBFloat16),
+        "student: expected float32 or bfloat16 [tokens, >= ", num_valid,
+        "] with unit column stride, got ", student.scalar_type(), " ", student.sizes());
+    TORCH_CHECK_VALUE(
+        teacher.dim() == 2 && teacher.size(0) == student.size(0) && teacher.size(1) >= num_valid &&
+            teacher.stride(1) == 1 && teacher.scalar_type() == student.scalar_type(),
+        "teacher: expected ", student.scalar_type(), " [", student.size(0), ", >= ", num_valid,
+        "] with unit column stride, got ", teacher.scalar_type(), " ", teacher.sizes());
+    TORCH_CHECK_VALUE(labels.scalar_type() == at::kLong && labels.dim() == 1 &&
+                          labels.size(0) == student.size(0) && labels.is_contiguous(),
+                      "labels: expected contiguous int64 [", student.size(0), "], got ",
+                      labels.scalar_type(), " ", labels.sizes());
+    TORCH_CHECK_VALUE(temperature > 0, "temperature: expected > 0, got ", temperature);
+}
+
+template <typename T, typename Storage>
+cpu::Logits<T> raw_logits(const at::Tensor& student, const at::Tensor& teacher,
+                          const at::Tensor& labels, int64_t num_valid, double temperature) {
+    return {reinterpret_cast<const T*>(student.data_ptr<Storage>()),
+            reinterpret_cast<const T*>(teacher.data_ptr<Storage>()),
+            student.stride(0),
+            teacher.stride(0),
+            labels.data_ptr<int64_t>(),
+            num_valid,
+            temperature};
+}
+
+std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_stats_cpu(
+    const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& labels,
+    int64_t num_valid, double temperature, int64_t topk) {
+    check_logits(student, teacher, labels, num_valid, temperature);
+    TORCH_CHECK_VALUE(topk >= 0 && num_valid >= 0, "topk: expected >= 0, got ", topk);
+    const int64_t num_tokens = student.size(0), k = std::min(topk, num_valid);
+    const auto floats = student.options().dtype(at::kFloat);
+    auto packed = at::empty({num_tokens, kTupleSize}, student.options().dtype(at::kDouble));
+    auto topk_student = at::empty({num_tokens, k}, floats);
+    auto topk_teacher = at::empty({num_tokens, k}, floats);
+    auto topk_ids = at::empty({num_tokens, k}, labels.options());
+    const cpu::LocalStats out{packed.data_ptr<double>(), topk_student.data_ptr<float>(),
+                              topk_teacher.data_ptr<float>(), topk_ids.data_ptr<int64_t>(), k};
+    const auto kernels = cpu::row_kernels();
+    at::parallel_for(0, num_tokens, 1, [&](int64_t begin, int64_t end) {
+        if (student.scalar_type() == at::kFloat) {
+            kernels.stats_f32(
+                raw_logits<float, float>(student, teacher, labels, num_valid, temperature), out,
+                begin, end);
+        } else {
+            kernels.stats_bf16(raw_logits<cpu::Bf16, at::BFloat16>(student, teacher, labels,
+                                                                   num_valid, temperature),
+                               out, begin, end);
+        }
+    });
+    return {packed, topk_student, topk_teacher, topk_ids};
+}
+
+at::Tensor merge_stats_cpu(const at::Tensor& packed, double optimal_floor) {
+    TORCH_CHECK_VALUE(packed.dim() == 3 && packed.size(2) == kTupleSize && packed.size(0) >= 1 &&
+                          packed.scalar_type() == at::kDouble && packed.is_contiguous(),
+                      "packed: expected contiguous float64 [ranks, tokens, 13], got ",
+                      packed.scalar_type(), " ", packed.sizes());
+    const int64_t num_ranks = packed.size(0), num_tokens = packed.size(1);
+    auto out = at::empty({num_tokens, kFinalSize}, packed.options());
+    const double* from = packed.data_ptr<double>();
+    double* to = out.data_ptr<double>();
+    at::parallel_for(0, num_tokens, 256, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            merge_and_finalize(from + t * kTupleSize, num_ranks, num_tokens * kTupleSize,
+                               optimal_floor, to + t * kFinalSize);
+        }
+    });
+    return out;
+}
+
+void check_rows(const at::Tensor& tensor, const char* name, int64_t num_tokens, int64_t width,
+                at::ScalarType dtype) {
+    const bool shaped =
+        width < 0 ? tensor.dim() == 1 : tensor.dim() == 2 && tensor.size(1) == width;
+    TORCH_CHECK_VALUE(shaped && tensor.size(0) == num_tokens && tensor.scalar_type() == dtype &&
+                          tensor.is_contiguous(),
+                      name, ": expected contiguous ", dtype, " with ", num_tokens, " rows, got ",
+                      tensor.scalar_type(), " ", tensor.sizes());
+}
+
+// Above this many bytes an output is written past the caches, which it would only flush.
+constexpr int64_t kStreamBytes = 8 << 20;
+
+void gradient_into(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& labels,
+                   const at::Tensor& final_stats, const at::Tensor& coefficients, int64_t num_valid,
+                   double temperature, const std::optional<at::Tensor>& topk_ids,
+                   const std::optional<at::Tensor>& topk_taken,
+                   const std::optional<at::Tensor>& topk_summary, const at::Tensor& out) {
+    check_logits(student, teacher, labels, num_valid, temperature);
+    const int64_t num_tokens = student.size(0), width = student.size(1);
+    check_rows(final_stats, "final", num_tokens, kFinalSize, at::kDouble);
+    check_rows(coefficients, "coefficients", num_tokens, kCoefficients, at::kDouble);
+    cpu::GradientInputs in{final_stats.data_ptr<double>(),
+                           coefficients.data_ptr<double>(),
+                           nullptr,
+                           nullptr,
+                           nullptr,
+                           0};
+    if (topk_ids.has_value()) {
+        TORCH_CHECK_VALUE(topk_taken.has_value() && topk_summary.has_value(),
+                          "topk_ids: needs topk_taken and topk_summary too");
+        check_rows(*topk_ids, "topk_ids", num_tokens, topk_ids->size(-1), at::kLong);
+        check_rows(*topk_taken, "topk_taken", num_tokens, -1, at::kLong);
+        check_rows(*topk_summary, "topk_summary", num_tokens, kTopkSummary, at::kDouble);
+        in.topk_ids = topk_ids->data_ptr<int64_t>();
+        in.topk_taken = topk_taken->data_ptr<int64_t>();
+        in.topk_summary = topk_summary->data_ptr<double>();
+        in.topk = topk_ids->size(1);
+    }
+    const bool stream =
+        !out.is_same(student) &&
+        num_tokens * width * static_cast<int64_t>(out.element_size()) > kStreamBytes;
+    const auto kernels = cpu::row_kernels();
+    at::parallel_for(0, num_tokens, 1, [&](int64_t begin, int64_t end) {
+        if (student.scalar_type() == at::kFloat) {
+            kernels.gradient_f32(
+                raw_logits<float, float>(student, teacher, labels, num_valid, temperature), in,
+                {out.data_ptr<float>(), out.stride(0), width, stream}, begin, end);
+        } else {
+            kernels.gradient_bf16(raw_logits<cpu::Bf16, at::BFloat16>(student, teacher, labels,
+                                                                      num_valid, temperature),
+                                  in,
+                                  {reinterpret_cast<cpu::Bf16*>(out.data_ptr<at::BFloat16>()),
+                                   out.stride(0), width, stream},
+                                  begin, end);
+        }
+    });
+}
+
+at::Tensor logits_gradient_cpu(const at::Tensor& student, const at::Tensor& teacher,
+                               const at::Tensor& labels, const at::Tensor& final_stats,
+                               const at::Tensor& coefficients, int64_t num_valid,
+                               double temperature, const std::optional<at::Tensor>& topk_ids,
+                               const std::optional<at::Tensor>& topk_taken,
+                               const std::optional<at::Tensor>& topk_summary) {
+    auto out = at::empty(student.sizes(), student.options());
+    gradient_into(student, teacher, labels, final_stats, coefficients, num_valid, temperature,
+                  topk_ids, topk_taken, topk_summary, out);
+    return out;
+}
+
+void logits_gradient_inplace_cpu(at::Tensor& student, const at::Tensor& teacher,
+                                 const at::Tensor& labels, const at::Tensor& final_stats,
+                                 const at::Tensor& coefficients, int64_t num_valid,
+                                 double temperature, const std::optional<at::Tensor>& topk_ids,
+                                 const std::optional<at::Tensor>& topk_taken,
+                                 const std::optional<at::Tensor>& topk_summary) {
+    gradient_into(student, teacher, labels, final_stats, coefficients, num_valid, temperature,
+                  topk_ids, topk_taken, topk_summary, student);
+}
+
 pybind11::dict build_info() {
     pybind11::dict info;
     info["isa"] = cpu::isa_name(cpu::current_isa());
@@ -89,9 +251,28 @@ TORCH_LIBRARY(megatron_vopd, library) {
     library.def(
         "merge_topk(Tensor student, Tensor teacher, Tensor lengths, int topk)"
         " -> (Tensor student, Tensor teacher, Tensor taken)");
+    library.def(
+        "local_stats(Tensor student, Tensor teacher, Tensor labels, int num_valid,"
+        " float temperature, int topk) -> (Tensor packed, Tensor topk_student,"
+        " Tensor topk_teacher, Tensor topk_ids)");
+    library.def("merge_stats(Tensor packed, float optimal_floor) -> Tensor");
+    library.def(
+        "logits_gradient(Tensor student, Tensor teacher, Tensor labels, Tensor final,"
+        " Tensor coefficients, int num_valid, float temperature, Tensor? topk_ids=None,"
+        " Tensor? topk_taken=None, Tensor? topk_summary=None) -> Tensor");
+    library.def(
+        "logits_gradient_(Tensor(a!) student, Tensor teacher, Tensor labels, Tensor final,"
+        " Tensor coefficients, int num_valid, float temperature, Tensor? topk_ids=None,"
+        " Tensor? topk_taken=None, Tensor? topk_summary=None) -> ()");
 }
 
-TORCH_LIBRARY_IMPL(megatron_vopd, CPU, library) { library.impl("merge_topk", merge_topk_cpu); }
+TORCH_LIBRARY_IMPL(megatron_vopd, CPU, library) {
+    library.impl("local_stats", local_stats_cpu);
+    library.impl("merge_stats", merge_stats_cpu);
+    library.impl("merge_topk", merge_topk_cpu);
+    library.impl("logits_gradient", logits_gradient_cpu);
+    library.impl("logits_gradient_", logits_gradient_inplace_cpu);
+}
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {
     module.doc() = "Kernels of megatron_vopd; the operators are under torch.ops.megatron_vopd.";

@@ -6,6 +6,72 @@
 
 namespace megatron_vopd::cpu {
 
+struct Bf16 {
+    uint16_t bits;
+};
+
+// The logits of one shard, fp32 (float) or bf16 (Bf16). Only columns [0, num_valid) are read;
+// labels are relative to the shard and belong to other ranks outside of that range.
+template <typename T>
+struct Logits {
+    const T* student;
+    const T* teacher;
+    int64_t student_stride;
+    int64_t teacher_stride;
+    const int64_t* labels;
+    int64_t num_valid;
+    double temperature;
+};
+
+// packed [tokens, 13]; the lists [tokens, topk], topk <= num_valid, possibly 0.
+struct LocalStats {
+    double* packed;
+    float* topk_student;
+    float* topk_teacher;
+    int64_t* topk_ids;
+    int64_t topk;
+};
+
+// What the gradient reads besides the logits. ids [tokens, topk], taken [tokens], summary
+// [tokens, 6] are null without a top-k.
+struct GradientInputs {
+    const double* final_stats;
+    const double* coefficients;
+    const int64_t* topk_ids;
+    const int64_t* topk_taken;
+    const double* topk_summary;
+    int64_t topk;
+};
+
+// width >= num_valid; surplus columns are written as 0. `stream`: bypass the caches (fresh output
+// that is larger than they are).
+template <typename T>
+struct GradientOutput {
+    T* data;
+    int64_t stride;
+    int64_t width;
+    bool stream;
+};
+
+// One instruction set's row kernels.
+struct RowKernels {
+    void (*stats_f32)(const Logits<float>&, const LocalStats&, int64_t begin, int64_t end);
+    void (*stats_bf16)(const Logits<Bf16>&, const LocalStats&, int64_t begin, int64_t end);
+    void (*gradient_f32)(const Logits<float>&, const GradientInputs&, const GradientOutput<float>&,
+                         int64_t begin, int64_t end);
+    void (*gradient_bf16)(const Logits<Bf16>&, const GradientInputs&, const GradientOutput<Bf16>&,
+                          int64_t begin, int64_t end);
+};
+
+RowKernels portable_kernels();
+#if defined(__x86_64__)
+RowKernels avx2_kernels();
+RowKernels avx512_kernels();
+#endif
+
+// The kernels of current_isa().
+RowKernels row_kernels();
+
 // Per-rank top-k lists, each sorted by (value descending, id ascending; NaN first), of shape
 // [num_ranks, num_tokens, list_size]; only the first lengths[r] entries of rank r are read.
 struct TopkLists {

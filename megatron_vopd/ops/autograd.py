@@ -133,8 +133,14 @@ def student_gradient(
     problem: Problem,
     in_place: bool = False,
 ) -> Tensor:
-    """Gradient at this rank's student logits; no exchange. `coefficients`: [T, 5] fp64."""
-    return problem.kernels.logits_gradient(
+    """Gradient at this rank's student logits; no exchange.
+
+    Args:
+        coefficients: [T, 5] fp64.
+        in_place: write over `student`, a buffer that the caller made, and return it.
+    """
+    kernels = problem.kernels
+    arguments = (
         student,
         teacher,
         labels_local_T,
@@ -142,11 +148,14 @@ def student_gradient(
         coefficients,
         problem.num_valid,
         problem.temperature,
-        in_place,
         merged.ids,
         merged.taken,
         merged.summary,
     )
+    if not in_place:
+        return kernels.logits_gradient(*arguments)
+    kernels.logits_gradient_(*arguments)
+    return student
 
 
 def stack_coefficients(coefficients: Coefficients) -> Tensor:

@@ -21,7 +21,7 @@ from megatron_vopd.ops import reference
 Impl = Literal["auto", "cpu", "cuda", "reference"]
 IMPLS = ("auto", "cpu", "cuda", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-OPERATORS = ("local_stats", "merge_stats", "merge_topk", "logits_gradient")
+OPERATORS = ("local_stats", "merge_stats", "merge_topk", "logits_gradient", "logits_gradient_")
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +35,7 @@ class Kernels:
     merge_stats: Callable
     merge_topk: Callable
     logits_gradient: Callable
+    logits_gradient_: Callable
 
 
 @functools.cache

@@ -7,6 +7,8 @@ Only `definition` stands apart: the statistics straight from their formulas, wit
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -164,7 +166,6 @@ def logits_gradient(
     coefficients: Tensor,
     num_valid: int,
     temperature: float,
-    in_place: bool,
     topk_ids: Tensor | None = None,
     topk_taken: Tensor | None = None,
     topk_summary: Tensor | None = None,
@@ -175,7 +176,6 @@ def logits_gradient(
         student, teacher, labels, num_valid, temperature: as in `local_stats`.
         final: [T, 10] fp64 merged statistics.
         coefficients: [T, 5] fp64 (`fields.COEFFICIENTS`).
-        in_place: write over `student` (a buffer that the caller made).
         topk_ids: [T, k] this shard's list; the first topk_taken[t] of them are in the global set,
             whose summary is topk_summary [T, 6] (`fields.TOPK`). All three or none.
 
@@ -206,7 +206,11 @@ def logits_gradient(
         used = torch.arange(topk_ids.shape[1], device=x.device) < topk_taken[:, None]
         used = used & (log_p.exp() != 0) & (topk != 0)
         gradient.scatter_add_(1, topk_ids, torch.where(used, topk * value, 0.0))
-    output = student if in_place else torch.empty_like(student)
-    output[:, num_valid:] = 0
+    output = torch.zeros_like(student)
     output[:, :num_valid] = (gradient / temperature).to(student.dtype)
     return output
+
+
+def logits_gradient_(student: Tensor, *args: Any) -> None:
+    """`logits_gradient` written over `student`, a buffer that the caller made."""
+    student.copy_(logits_gradient(student, *args))
