@@ -60,13 +60,19 @@ def read_model_folder(path: str) -> ModelFolder:
         raise ModelError(f"{name}: {error.strerror}; check the file and its permissions") from None
 
 
-def _read(path: str, where: str) -> ModelFolder:
+def read_facts(where: str) -> tuple[ModelFacts, dict[str, Any]]:
+    """Facts and raw content of a config.json; raises ModelError naming the file and the key."""
     config = _read_json(where)
     _check_sizes(config, where)
     usual = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
+    return facts_from_config({**usual, **config}, where), config
+
+
+def _read(path: str, where: str) -> ModelFolder:
+    facts, config = read_facts(where)
     return ModelFolder(
         path=path,
-        facts=facts_from_config({**usual, **config}, where),
+        facts=facts,
         context=_context(config),
         eos_ids=_eos_ids(path, config),
         vocabulary=_vocabulary(os.path.join(path, "tokenizer.json")),

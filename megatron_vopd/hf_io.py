@@ -18,6 +18,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from megatron_vopd.hf_folder import read_facts
 from megatron_vopd.hf_mapping import (
     LayerSpec,
     ShardPlan,
@@ -45,11 +46,12 @@ def read_config(model_dir: str | Path) -> tuple[Any, ModelFacts]:
     path = Path(model_dir) / "config.json"
     if not path.is_file():
         raise ModelError(f"{path}: not found; expected a HuggingFace model folder with config.json")
+    read_facts(str(path))  # names what is wrong with a config that transformers would stumble over
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-    except (ValueError, TypeError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelError(f"{path}: cannot be read as a model config: {reason}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise ModelError(f"{path}: refused by transformers: {reason}") from error
     return config, facts_from_config(config.to_dict(), str(path))
 
 
@@ -118,20 +120,19 @@ class SafetensorsFolder:
         expected = hf_tensors(facts)
         # Some tools write the head of a tied model again, and rotary tables; both are derived.
         derived = {"lm_head.weight"} if facts.tied else set()
-        for name in expected:
+        for name, expected_shape in expected.items():
             if name not in self.file_of:
                 raise ModelError(f"{self._dir}: tensor {name} is missing; config.json asks for it")
-        for name, file_name in self.file_of.items():
-            if name in expected:
-                shape = tuple(self.slices(name).get_shape())
-                if shape != expected[name]:
-                    raise ModelError(
-                        f"{self._dir / file_name}: {name} has shape {shape}; "
-                        f"config.json asks for {expected[name]}"
-                    )
-            elif name not in derived and not name.endswith("rotary_emb.inv_freq"):
+            shape = tuple(self.slices(name).get_shape())
+            if shape != expected_shape:
                 raise ModelError(
-                    f"{self._dir / file_name}: unexpected tensor {name}; "
+                    f"{self._dir / self.file_of[name]}: {name} has shape {shape}; "
+                    f"config.json asks for {expected_shape}"
+                )
+        for name in self.file_of.keys() - expected.keys() - derived:
+            if not name.endswith("rotary_emb.inv_freq"):
+                raise ModelError(
+                    f"{self._dir / self.file_of[name]}: unexpected tensor {name}; "
                     "config.json describes no such weight"
                 )
 

@@ -20,6 +20,9 @@ ARCHITECTURES: dict[str, tuple[bool, bool, bool]] = {
     "qwen3_moe": (False, True, True),
 }
 
+# Used by transformers where the config does not say; elsewhere it is hidden_size / heads.
+_DEFAULT_HEAD_DIM = {"qwen3": 128}
+
 # Rows of the padded vocabulary on a tp rank are a multiple of this: 8 bf16 values are 16 bytes.
 VOCAB_ALIGNMENT = 8
 
@@ -116,7 +119,8 @@ def facts_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
         ffn_size=config["intermediate_size"],
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        head_dim=config.get("head_dim")
+        or _DEFAULT_HEAD_DIM.get(model_type, config["hidden_size"] // heads),
         vocab_size=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
         norm_eps=config["rms_norm_eps"],
