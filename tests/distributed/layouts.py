@@ -52,11 +52,17 @@ def enter(case: Case) -> Groups:
 
 
 def build(
-    model_dir: str, case: Case, groups: Groups, dtype: torch.dtype = torch.float32
+    model_dir: str,
+    case: Case,
+    groups: Groups,
+    dtype: torch.dtype = torch.float32,
+    recompute: Any = "none",
 ) -> tuple[Any, ModelFacts]:
     """On a rank: its shard of the model in `model_dir`, loaded."""
     config, facts = read_config(model_dir)
-    settings = ModelOptions(dtype=dtype, sequence_parallel=case.sequence_parallel)
+    settings = ModelOptions(
+        dtype=dtype, sequence_parallel=case.sequence_parallel, recompute=recompute
+    )
     model = build_model(config, facts, groups, settings)
     load_weights(model, facts, groups, model_dir)
     return model, facts

@@ -96,12 +96,14 @@ def relative_errors(
     }
 
 
-def _compare(case: Case, references: list[Reference], mutant: bool = False) -> list[dict]:
+def _compare(
+    case: Case, references: list[Reference], mutant: bool = False, recompute: str = "none"
+) -> list[dict]:
     """On a rank: worst logit difference and gradient error of each model."""
     groups = enter(case)
     worst = []
     for reference in references:
-        model, facts = build(reference.model_dir, case, groups)
+        model, facts = build(reference.model_dir, case, groups, recompute=recompute)
         if mutant:
             model.config.qk_layernorm = False  # finalize_model_grads then leaves the norms unsummed
         ddp = wrap(model, groups)
@@ -124,8 +126,8 @@ def _compare(case: Case, references: list[Reference], mutant: bool = False) -> l
     return worst
 
 
-def _check(case: Case, references: list[Reference]) -> None:
-    results = spawn(_compare, case.layout.world_size, case, references)
+def _check(case: Case, references: list[Reference], recompute: str = "none") -> None:
+    results = spawn(_compare, case.layout.world_size, case, references, False, recompute)
     for rank, models in enumerate(results):
         is_last_stage = case.layout.coordinates(rank).pp == case.layout.pp - 1
         for reference, result in zip(references, models, strict=True):
@@ -151,6 +153,12 @@ def test_dense(case: Case, references: dict[str, list[Reference]]) -> None:
 @pytest.mark.parametrize("case", MOE_CASES, ids=str)
 def test_moe(case: Case, references: dict[str, list[Reference]]) -> None:
     _check(case, references["moe"])
+
+
+@pytest.mark.parametrize("recompute", ["selective", "full"])
+def test_recomputed_activations(recompute: str, references: dict[str, list[Reference]]) -> None:
+    case = next(case for case in DENSE_CASES if case.name == "tp2-sp")
+    _check(case, references["dense"], recompute)
 
 
 def test_missing_qk_norm_reduction_shows(references: dict[str, list[Reference]]) -> None:
