@@ -120,8 +120,8 @@ def packed_params(lengths: list[int], device: torch.device | str) -> PackedSeqPa
     """
     bounds = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     bounds = bounds.to(device)
-    # The longest sequence, not the row: megatron-core's rotary embedding takes positions that run
-    # through the whole row when the two are equal.
+    # The longest sequence, not the row: when the two are equal megatron-core lets positions run
+    # through the whole row, and rotary attention forgives that only up to rounding.
     longest = max(lengths)
     return PackedSeqParams(
         qkv_format="thd",
