@@ -103,7 +103,7 @@ def facts_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
                 f"{where}: {key}={config[key]!r} is not supported for {model_type}; "
                 f"expected {allowed[-1]!r}"
             )
-    heads = config["num_attention_heads"]
+    hidden, heads = config["hidden_size"], config["num_attention_heads"]
     experts: dict[str, Any] = {}
     if ARCHITECTURES[model_type][2]:
         experts = {
@@ -115,12 +115,11 @@ def facts_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
     return ModelFacts(
         model_type=model_type,
         num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
+        hidden_size=hidden,
         ffn_size=config["intermediate_size"],
         num_heads=heads,
         num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim")
-        or _DEFAULT_HEAD_DIM.get(model_type, config["hidden_size"] // heads),
+        head_dim=config.get("head_dim") or _DEFAULT_HEAD_DIM.get(model_type) or hidden // heads,
         vocab_size=config["vocab_size"],
         max_positions=config["max_position_embeddings"],
         norm_eps=config["rms_norm_eps"],
