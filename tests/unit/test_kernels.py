@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import CPU, on_ranks, shard_of, splits
 
 from megatron_vopd.ops import autograd, native, reference
 from megatron_vopd.ops.fields import COEFFICIENTS, FINAL
+from tests.unit.thread_ranks import CPU, on_ranks, shard_of, splits
 
 V = 1531
 ISAS = ("portable", "avx2", "avx512")
