@@ -44,8 +44,8 @@ __device__ Held special_elements(const Logits& logits, const GradientInputs& in,
         }
         listed = __syncthreads_or(listed);
         if (threadIdx.x == kThreads - 1 && !listed) {
-            held.add(label, gradient_element(to_float(x[label]), to_float(y[label]), true, f, c,
-                                             row));
+            held.add(label,
+                     gradient_element(to_float(x[label]), to_float(y[label]), true, f, c, row));
         }
     }
     return held;
@@ -132,8 +132,8 @@ cudaError_t logits_gradient(const Logits& logits, const GradientInputs& in, void
     }
     const dim3 grid(static_cast<unsigned>(num_tokens));
     if (logits.dtype == Dtype::f32) {
-        gradient_kernel<float><<<grid, kThreads, 0, stream>>>(
-            logits, in, static_cast<float*>(out), out_stride, width);
+        gradient_kernel<float><<<grid, kThreads, 0, stream>>>(logits, in, static_cast<float*>(out),
+                                                              out_stride, width);
     } else {
         gradient_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(
             logits, in, static_cast<__nv_bfloat16*>(out), out_stride, width);

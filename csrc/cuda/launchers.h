@@ -52,8 +52,7 @@ cudaError_t merge_stats(const double* packed, int64_t num_ranks, int64_t num_tok
 
 cudaError_t merge_topk(const float* student, const float* teacher, const int64_t* lengths,
                        int64_t num_ranks, int64_t num_tokens, int64_t list_size, int64_t topk,
-                       float* out_student, float* out_teacher, int64_t* taken,
-                       cudaStream_t stream);
+                       float* out_student, float* out_teacher, int64_t* taken, cudaStream_t stream);
 
 // `out` may be the student's logits.
 cudaError_t logits_gradient(const Logits& logits, const GradientInputs& in, void* out,
