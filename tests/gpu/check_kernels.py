@@ -85,14 +85,22 @@ def merged(x, y, labels, bounds, kernels, temperature) -> list[Any]:
     ]
 
 
-def check(kind: str, dtype: torch.dtype, vocab_size: int, tp: int, temperature: float) -> list[str]:
+def check(
+    kind: str,
+    dtype: torch.dtype,
+    vocab_size: int,
+    tp: int,
+    temperature: float,
+    device: torch.device = DEVICE,
+    kernels: native.Kernels | None = None,
+) -> list[str]:
     """Complaints about one case."""
     complaints = []
     x, y = (z.to(dtype) for z in rows(kind, vocab_size))
     labels = torch.tensor([0, vocab_size - 1, 5, 7, 9, 11, 100, 101])
     bounds = shards(vocab_size, tp)
-    cuda = native.resolve("cuda", DEVICE, dtype)
-    on_gpu: Any = [z.to(DEVICE) for z in (x, y, labels)]
+    cuda = kernels or native.resolve("cuda", device, dtype)
+    on_gpu: Any = [z.to(device) for z in (x, y, labels)]
     actual = merged(on_gpu[0], on_gpu[1], on_gpu[2], bounds, cuda, temperature)
     expected: Any = merged(
         x, y, labels, bounds, native.resolve("reference", x.device, dtype), temperature
@@ -113,8 +121,8 @@ def check(kind: str, dtype: torch.dtype, vocab_size: int, tp: int, temperature: 
         tail: Any = (expected[-1].ids, expected[-1].taken, expected[-1].summary)
         student, teacher = x[:, a:b].contiguous(), y[:, a:b].contiguous()
         exact = reference.logits_gradient(student.double(), teacher.double(), *arguments, *tail)
-        moved = [z.to(DEVICE) if isinstance(z, torch.Tensor) else z for z in (*arguments, *tail)]
-        student_gpu, teacher_gpu = student.to(DEVICE), teacher.to(DEVICE)
+        moved = [z.to(device) if isinstance(z, torch.Tensor) else z for z in (*arguments, *tail)]
+        student_gpu, teacher_gpu = student.to(device, copy=True), teacher.to(device, copy=True)
         gradient = cuda.logits_gradient(student_gpu, teacher_gpu, *moved)
         cuda.logits_gradient_(student_gpu, teacher_gpu, *moved)
         if not torch.equal(gradient.nan_to_num(7), student_gpu.nan_to_num(7)):
