@@ -29,8 +29,8 @@ from megatron_vopd.ops.autograd import (
 )
 from megatron_vopd.ops.fields import Coefficients, DistillStats
 
-# Rows of a low-precision weight that are upcast at a time where the GEMM has no fp32 output (CPU).
-UPCAST_ROWS = 8192
+# Rows of the weight at a time where a GEMM needs an fp32 copy (CPU) or an fp32 sum (CUDA) of them.
+BLOCK_ROWS = 8192
 
 
 @dataclass(frozen=True)
@@ -74,34 +74,44 @@ def head_logits(hidden_TD: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
     hidden = hidden_TD.to(out.dtype)
     if weight.dtype == out.dtype:
         return torch.mm(hidden, weight.t(), out=out)
-    for start in range(0, len(weight), UPCAST_ROWS):
-        rows = slice(start, min(start + UPCAST_ROWS, len(weight)))
+    for rows in _row_blocks(len(weight)):
         torch.mm(hidden, weight[rows].to(out.dtype).t(), out=out[:, rows])
     return out
 
 
+def _row_blocks(num_rows: int) -> Iterator[slice]:
+    for start in range(0, num_rows, BLOCK_ROWS):
+        yield slice(start, min(start + BLOCK_ROWS, num_rows))
+
+
+def narrowed(gradient_TV: Tensor, dtype: torch.dtype, scratch_TV: Tensor) -> Tensor:
+    """The gradient in `dtype`, written into memory that is no longer needed (of that many bytes)."""
+    low = scratch_TV.view(-1).view(dtype)[: gradient_TV.numel()].view(gradient_TV.shape)
+    return low.copy_(gradient_TV)
+
+
 def hidden_gradient(gradient_TV: Tensor, weight_VD: Tensor) -> Tensor:
-    """gradient @ weight, [T, D] in at least fp32."""
+    """gradient @ weight, [T, D] in at least fp32; the gradient may be in the weight's dtype."""
     weight = weight_VD[: gradient_TV.shape[1]]
     if _fp32_product(weight.device, weight.dtype):
         return torch.mm(gradient_TV.to(weight.dtype), weight, out_dtype=torch.float32)
     if weight.dtype == gradient_TV.dtype:
         return gradient_TV @ weight
     out = gradient_TV.new_zeros(len(gradient_TV), weight.shape[1])
-    for start in range(0, len(weight), UPCAST_ROWS):
-        rows = slice(start, min(start + UPCAST_ROWS, len(weight)))
+    for rows in _row_blocks(len(weight)):
         out.addmm_(gradient_TV[:, rows], weight[rows].to(out.dtype))
     return out
 
 
 def add_weight_gradient(total_VD: Tensor, gradient_TV: Tensor, hidden_TD: Tensor) -> None:
-    """total[:width] += gradient.T @ hidden, in `total`'s dtype."""
+    """total[:width] += gradient.T @ hidden, in `total`'s dtype, without another [V, D]."""
     target = total_VD[: gradient_TV.shape[1]]
-    if _fp32_product(hidden_TD.device, hidden_TD.dtype):
-        low = gradient_TV.to(hidden_TD.dtype)
-        target.add_(torch.mm(low.t(), hidden_TD, out_dtype=torch.float32))
-    else:
+    if not _fp32_product(hidden_TD.device, hidden_TD.dtype):
         target.addmm_(gradient_TV.to(total_VD.dtype).t(), hidden_TD.to(total_VD.dtype))
+        return
+    low = gradient_TV.to(hidden_TD.dtype)
+    for rows in _row_blocks(len(target)):
+        target[rows] += torch.mm(low[:, rows].t(), hidden_TD, out_dtype=torch.float32)
 
 
 @dataclass
@@ -144,8 +154,13 @@ class Gradients:
         wide = statistics_dtype(hidden_TD.dtype)
         self.total_VD = torch.zeros_like(weight_VD, dtype=wide) if wanted[1] else None
 
-    def add(self, gradient_TV: Tensor, hidden_TD: Tensor, rows: slice) -> None:
-        """The part of one chunk: its gradient at the logits, and all hidden states."""
+    def add(self, gradient_TV: Tensor, hidden_TD: Tensor, rows: slice, scratch_TV: Tensor) -> None:
+        """The part of one chunk: its gradient at the logits, and all hidden states.
+
+        `scratch_TV`: the teacher's logits of the chunk, which nothing reads any more.
+        """
+        if _fp32_product(hidden_TD.device, hidden_TD.dtype):
+            gradient_TV = narrowed(gradient_TV, hidden_TD.dtype, scratch_TV)
         if self.hidden_TD is not None:
             self.hidden_TD[rows] = hidden_gradient(gradient_TV, self.weight_VD)
         if self.total_VD is not None:
@@ -210,7 +225,7 @@ class LinearDistillFunction(torch.autograd.Function):
                 gradient = student_gradient(
                     *logits, labels, merged, coefficients, linear.problem, in_place=True
                 )
-                gradients.add(gradient, both[0], rows)
+                gradients.add(gradient, both[0], rows, logits[1])
         merged = MergedStats.joined(parts)
         ctx.linear, ctx.weights, ctx.merged = linear, (weight, teacher_weight), merged
         ctx.coefficients, ctx.gradients = torch.cat(stacked), gradients if now else None
@@ -228,6 +243,10 @@ class LinearDistillFunction(torch.autograd.Function):
             return (None,) * 6
         gradients = ctx.gradients
         if gradients is None:
+            if ctx.linear.gradient_in_forward:
+                raise RuntimeError(
+                    "mode 'grad_in_forward' keeps its gradients for one backward; use 'recompute'"
+                )
             gradients = _recomputed(ctx)
         ctx.gradients = None
         hidden, total_VD = gradients.hidden_TD, gradients.total_VD
@@ -255,5 +274,5 @@ def _recomputed(ctx: Any) -> Gradients:
             linear.problem,
             in_place=True,
         )
-        gradients.add(gradient, student_hidden, rows)
+        gradients.add(gradient, student_hidden, rows, logits[1])
     return gradients

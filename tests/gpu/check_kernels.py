@@ -11,9 +11,13 @@ import sys
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
 
+from megatron_vopd import objectives
 from megatron_vopd.ops import autograd, native, reference, topk
 from megatron_vopd.ops.fields import FINAL
+from megatron_vopd.vocab_parallel import VocabShard, linear_distill_loss
 
 DEVICE = torch.device("cuda")
 K = 128
@@ -135,8 +139,50 @@ def check(
     return complaints
 
 
+def check_linear(mode: str) -> list[str]:
+    """The LM-head entrance in bf16 against fp64 autograd, both on the device."""
+    generator = torch.Generator().manual_seed(3)
+    shapes = ((48, 64), (2003, 64)) * 2
+    tensors = [torch.randn(*s, generator=generator).bfloat16().to(DEVICE) for s in shapes]
+    hidden, head = (z.clone().requires_grad_() for z in tensors[:2])
+    labels = torch.arange(48, device=DEVICE)
+    group = dist.group.WORLD
+    assert group is not None
+    settings = objectives.ObjectiveSettings()
+    loss, _ = linear_distill_loss(
+        hidden,
+        head,
+        tensors[2],
+        tensors[3],
+        labels,
+        VocabShard(0, 2003, group),
+        lambda stats: objectives.coefficients("mixed", stats, settings),
+        chunk=20,
+        mode=mode,  # pyright: ignore[reportArgumentType]
+    )
+    loss.backward()
+    wide = [z.double().requires_grad_() for z in tensors]
+    values = reference.definition(wide[0] @ wide[1].T, (wide[2] @ wide[3].T).detach(), labels)
+    expected = (0.2 * values["reverse_kl"] + 0.8 * values["forward_kl"]).sum()
+    expected.backward()
+    complaints = []
+    if abs(float(loss) / float(expected) - 1) > 1e-5:
+        complaints.append(f"loss {float(loss)} instead of {float(expected)}")
+    for name, actual, exact in (("dX", hidden, wide[0]), ("dW", head, wide[1])):
+        assert actual.grad is not None and exact.grad is not None
+        error = (actual.grad.double() - exact.grad).norm() / exact.grad.norm()
+        if error > 1e-2:
+            complaints.append(f"{name} error {float(error):.1e}")
+    return complaints
+
+
 def main() -> int:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     failed = 0
+    for mode in ("grad_in_forward", "recompute"):
+        complaints = check_linear(mode)
+        failed += bool(complaints)
+        print(f"LM-head entrance, {mode}: {'; '.join(complaints) or 'ok'}")
     for kind, dtype, (vocab_size, tp), temperature in itertools.product(
         KINDS, (torch.float32, torch.bfloat16), ((5003, 1), (40001, 4)), (1.0, 0.7)
     ):

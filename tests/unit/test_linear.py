@@ -13,6 +13,7 @@ from torch._C._distributed_c10d import FileStore
 
 from megatron_vopd import objectives
 from megatron_vopd.objectives import ObjectiveSettings
+from megatron_vopd.ops import linear
 from megatron_vopd.vocab_parallel import VocabShard, linear_distill_loss
 
 V, D, T = 61, 8, 10
@@ -129,7 +130,10 @@ def test_modes_agree_and_frozen_parts_get_no_gradient(shard, dtype):
             hidden, head, y, u, labels, shard, mixed, chunk=3, mode=mode
         )
         assert not stats.reverse_kl_T.requires_grad
-        loss.backward()
+        loss.backward(retain_graph=True)
+        if mode == "grad_in_forward":
+            with pytest.raises(RuntimeError, match="recompute"):
+                loss.backward()
         results.append((loss.detach(), hidden.grad, head.grad))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
@@ -139,6 +143,13 @@ def test_modes_agree_and_frozen_parts_get_no_gradient(shard, dtype):
     torch.testing.assert_close(hidden.grad, results[0][1], rtol=0, atol=0)
     empty, _ = linear_distill_loss(x[:0].requires_grad_(), w, y[:0], u, labels[:0], shard, mixed)
     assert empty == 0 and empty.requires_grad
+
+
+def test_the_narrow_gradient_lives_in_the_scratch_memory():
+    gradient, scratch = torch.randn(3, 7), torch.full((3, 7), torch.nan)
+    low = linear.narrowed(gradient, torch.bfloat16, scratch)
+    assert torch.equal(low, gradient.bfloat16())
+    assert low.untyped_storage().data_ptr() == scratch.untyped_storage().data_ptr()
 
 
 PEAK = """
