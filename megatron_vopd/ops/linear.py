@@ -85,7 +85,7 @@ def _row_blocks(num_rows: int) -> Iterator[slice]:
 
 
 def narrowed(gradient_TV: Tensor, dtype: torch.dtype, scratch_TV: Tensor) -> Tensor:
-    """The gradient in `dtype`, written into memory that is no longer needed (of that many bytes)."""
+    """The gradient in `dtype`, written into memory that is no longer needed (`scratch_TV`)."""
     low = scratch_TV.view(-1).view(dtype)[: gradient_TV.numel()].view(gradient_TV.shape)
     return low.copy_(gradient_TV)
 
