@@ -11,6 +11,7 @@
 #include <string>
 #include <tuple>
 
+#include "checks.h"
 #include "cpu/isa.h"
 #include "cpu/kernels.h"
 #include "distill_stats.h"
@@ -22,16 +23,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_topk_cpu(const at::Tensor& 
                                                               const at::Tensor& teacher,
                                                               const at::Tensor& lengths,
                                                               int64_t topk) {
-    TORCH_CHECK_VALUE(student.dim() == 3 && student.scalar_type() == at::kFloat,
-                      "student: expected float32 [ranks, tokens, k], got ", student.scalar_type(),
-                      " ", student.sizes());
-    TORCH_CHECK_VALUE(teacher.sizes() == student.sizes() && teacher.scalar_type() == at::kFloat,
-                      "teacher: expected float32 ", student.sizes(), ", got ",
-                      teacher.scalar_type(), " ", teacher.sizes());
-    TORCH_CHECK_VALUE(lengths.scalar_type() == at::kLong && lengths.dim() == 1 &&
-                          lengths.size(0) == student.size(0),
-                      "lengths: expected int64 [", student.size(0), "], got ",
-                      lengths.scalar_type(), " ", lengths.sizes());
+    check_lists(student, teacher, lengths);
     const auto student_c = student.contiguous();
     const auto teacher_c = teacher.contiguous();
     const auto lengths_c = lengths.contiguous();
@@ -60,26 +52,6 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_topk_cpu(const at::Tensor& 
         cpu::merge_topk(lists, merged, begin, end);
     });
     return {out_student, out_teacher, taken};
-}
-
-// Both logits of a call, checked alike by the statistics and the gradient.
-void check_logits(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& labels,
-                  int64_t num_valid, double temperature) {
-    TORCH_CHECK_VALUE(
-        student.dim() == 2 && student.size(1) >= num_valid && student.stride(1) == 1 &&
-            (student.scalar_type() == at::kFloat || student.scalar_type() == at::kBFloat16),
-        "student: expected float32 or bfloat16 [tokens, >= ", num_valid,
-        "] with unit column stride, got ", student.scalar_type(), " ", student.sizes());
-    TORCH_CHECK_VALUE(
-        teacher.dim() == 2 && teacher.size(0) == student.size(0) && teacher.size(1) >= num_valid &&
-            teacher.stride(1) == 1 && teacher.scalar_type() == student.scalar_type(),
-        "teacher: expected ", student.scalar_type(), " [", student.size(0), ", >= ", num_valid,
-        "] with unit column stride, got ", teacher.scalar_type(), " ", teacher.sizes());
-    TORCH_CHECK_VALUE(labels.scalar_type() == at::kLong && labels.dim() == 1 &&
-                          labels.size(0) == student.size(0) && labels.is_contiguous(),
-                      "labels: expected contiguous int64 [", student.size(0), "], got ",
-                      labels.scalar_type(), " ", labels.sizes());
-    TORCH_CHECK_VALUE(temperature > 0, "temperature: expected > 0, got ", temperature);
 }
 
 template <typename T, typename Storage>
@@ -123,10 +95,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_stats_cpu(
 }
 
 at::Tensor merge_stats_cpu(const at::Tensor& packed, double optimal_floor) {
-    TORCH_CHECK_VALUE(packed.dim() == 3 && packed.size(2) == kTupleSize && packed.size(0) >= 1 &&
-                          packed.scalar_type() == at::kDouble && packed.is_contiguous(),
-                      "packed: expected contiguous float64 [ranks, tokens, 13], got ",
-                      packed.scalar_type(), " ", packed.sizes());
+    check_packed(packed);
     const int64_t num_ranks = packed.size(0), num_tokens = packed.size(1);
     auto out = at::empty({num_tokens, kFinalSize}, packed.options());
     const double* from = packed.data_ptr<double>();
@@ -140,16 +109,6 @@ at::Tensor merge_stats_cpu(const at::Tensor& packed, double optimal_floor) {
     return out;
 }
 
-void check_rows(const at::Tensor& tensor, const char* name, int64_t num_tokens, int64_t width,
-                at::ScalarType dtype) {
-    const bool shaped =
-        width < 0 ? tensor.dim() == 1 : tensor.dim() == 2 && tensor.size(1) == width;
-    TORCH_CHECK_VALUE(shaped && tensor.size(0) == num_tokens && tensor.scalar_type() == dtype &&
-                          tensor.is_contiguous(),
-                      name, ": expected contiguous ", dtype, " with ", num_tokens, " rows, got ",
-                      tensor.scalar_type(), " ", tensor.sizes());
-}
-
 // Above this many bytes an output is written past the caches, which it would only flush.
 constexpr int64_t kStreamBytes = 8 << 20;
 
@@ -160,8 +119,7 @@ void gradient_into(const at::Tensor& student, const at::Tensor& teacher, const a
                    const std::optional<at::Tensor>& topk_summary, const at::Tensor& out) {
     check_logits(student, teacher, labels, num_valid, temperature);
     const int64_t num_tokens = student.size(0), width = student.size(1);
-    check_rows(final_stats, "final", num_tokens, kFinalSize, at::kDouble);
-    check_rows(coefficients, "coefficients", num_tokens, kCoefficients, at::kDouble);
+    check_gradient(num_tokens, final_stats, coefficients, topk_ids, topk_taken, topk_summary);
     cpu::GradientInputs in{final_stats.data_ptr<double>(),
                            coefficients.data_ptr<double>(),
                            nullptr,
@@ -169,11 +127,6 @@ void gradient_into(const at::Tensor& student, const at::Tensor& teacher, const a
                            nullptr,
                            0};
     if (topk_ids.has_value()) {
-        TORCH_CHECK_VALUE(topk_taken.has_value() && topk_summary.has_value(),
-                          "topk_ids: needs topk_taken and topk_summary too");
-        check_rows(*topk_ids, "topk_ids", num_tokens, topk_ids->size(-1), at::kLong);
-        check_rows(*topk_taken, "topk_taken", num_tokens, -1, at::kLong);
-        check_rows(*topk_summary, "topk_summary", num_tokens, kTopkSummary, at::kDouble);
         in.topk_ids = topk_ids->data_ptr<int64_t>();
         in.topk_taken = topk_taken->data_ptr<int64_t>();
         in.topk_summary = topk_summary->data_ptr<double>();

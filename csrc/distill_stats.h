@@ -119,17 +119,23 @@ MEGATRON_VOPD_HD void merge_and_finalize(const double* packed, int64_t num_ranks
     finalize(total, optimal_floor, out);
 }
 
-// Per-token constants of the gradient, shared by the kernels. With p_j = s 2^tx, tx = x_j c - rx
-// (rx an fp32 reference near the lse in log2 units, s the exact remainder) and the same for q:
+// Per-token constants of the gradient, shared by the kernels. With p_j = s 2^tx, tx = (x_j - mx) c
+// (mx an fp32 reference near the lse in units of the logits, s the exact remainder) and the same
+// for q:
 //
-//     dz_j = e (k0 + kh tx + kr (tx - ty)) - kq f,    e = 2^tx, f = 2^ty
+//     dz_j = e (k0 + kh tx + kr v) - kq f,  e = 2^tx, f = 2^ty,
+//     v = ((x_j - mx) - (y_j - my)) c + high + low
 //
 // which is kernels.md section 2 with every factor that does not depend on j folded into k0..kq.
+// v is d_j - RKL in log2 units: taken from logits near their references, and with its constant in
+// two parts, because the difference of two rounded log-probabilities would be the largest error of
+// the whole gradient.
 struct GradientRow {
-    float scale;   // c = log2(e) / temperature
-    float rx, ry;  // references in log2 units
+    float scale;  // c = log2(e) / temperature
+    float mx, my;
     float k0, kh, kr, kq;
-    double policy, inverse_temperature;
+    float high, low;
+    double inverse_temperature;
 };
 
 MEGATRON_VOPD_HD GradientRow gradient_row(const double* final_stats, const double* coefficients,
@@ -139,24 +145,24 @@ MEGATRON_VOPD_HD GradientRow gradient_row(const double* final_stats, const doubl
                  entropy = coefficients[3];
     GradientRow row;
     row.scale = static_cast<float>(kLog2e / temperature);
-    row.rx = static_cast<float>(final_stats[0] * kLog2e);
-    row.ry = static_cast<float>(final_stats[1] * kLog2e);
-    const double rest_x = (row.rx - final_stats[0] * kLog2e) * kLn2;
-    const double rest_y = (row.ry - final_stats[1] * kLog2e) * kLn2;
+    const double unit = row.scale * kLn2;
+    row.mx = static_cast<float>(final_stats[0] / unit);
+    row.my = static_cast<float>(final_stats[1] / unit);
+    const double rest_x = row.mx * unit - final_stats[0];
+    const double rest_y = row.my * unit - final_stats[1];
     const double s = exp(rest_x) / temperature;
     // A zero coefficient removes its term: 0 * inf must not appear.
     double constant = policy + forward;
-    if (reverse != 0) {
-        constant += reverse * (rest_x - rest_y - final_stats[4]);
-    }
     if (entropy != 0) {
         constant -= entropy * (rest_x + final_stats[6]);
     }
+    const double shift = (rest_x - rest_y - final_stats[4]) * kLog2e;
+    row.high = static_cast<float>(shift);
+    row.low = static_cast<float>(shift - row.high);
     row.k0 = static_cast<float>(s * constant);
     row.kh = static_cast<float>(-entropy * s * kLn2);
     row.kr = static_cast<float>(reverse * s * kLn2);
     row.kq = static_cast<float>(forward * exp(rest_y) / temperature);
-    row.policy = policy;
     row.inverse_temperature = 1 / temperature;
     return row;
 }

@@ -43,6 +43,7 @@ struct Simd {
     static F sub(F a, F b) { return _mm256_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+    static F affine(F a, F b, F c) { return fma(a, b, c); }
     static F max(F a, F b) { return _mm256_max_ps(a, b); }
     static F zero_where_zero(F value, F weight) {
         return _mm256_and_ps(value, _mm256_cmp_ps(weight, _mm256_setzero_ps(), _CMP_NEQ_UQ));
@@ -73,15 +74,15 @@ struct Simd {
         return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ));
     }
 
-    // 2^t: t = n + r with |r| <= 1/2 by the rounding of a large addend, a polynomial of degree 5 in
-    // r, and n added to the exponent. NaN stays NaN, below 2^-126 is 0, from 2^128 on is infinite.
+    // 2^t: t = n + r with |r| <= 1/2 by the rounding of a large addend, a polynomial in r, and n
+    // added to the exponent. NaN stays NaN, below 2^-126 is 0, from 2^128 on is infinite.
     static F exp2(F t) {
         const F low = set1(-126.0f), high = set1(128.0f), magic = set1(12582912.0f);
         const F clamped = _mm256_min_ps(_mm256_max_ps(t, low), high);
         const F shifted = add(clamped, magic);
         const F r = sub(clamped, sub(shifted, magic));
         F p = fma(set1(kExp2[0]), r, set1(kExp2[1]));
-        for (int degree = 2; degree < 6; ++degree) {
+        for (int degree = 2; degree <= kExp2Degree; ++degree) {
             p = fma(p, r, set1(kExp2[degree]));
         }
         const __m256i exponent = _mm256_slli_epi32(_mm256_castps_si256(shifted), 23);

@@ -49,6 +49,7 @@ struct Simd {
     static F sub(F a, F b) { return _mm512_sub_ps(a, b); }
     static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+    static F affine(F a, F b, F c) { return fma(a, b, c); }
     static F max(F a, F b) { return _mm512_max_ps(a, b); }
     static F zero_where_zero(F value, F weight) {
         const __mmask16 keep = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ);

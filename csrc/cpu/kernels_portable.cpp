@@ -1,4 +1,4 @@
-// Row kernels in plain C++: vectors of eight, left to the compiler. The fallback everywhere.
+// Row kernels in plain C++: vectors of four, left to the compiler. The fallback everywhere.
 #include "cpu/scalar.h"
 
 namespace megatron_vopd::cpu {
@@ -7,9 +7,9 @@ namespace {
 #include "cpu/conversions.h"
 
 struct Simd {
-    static constexpr int width = 8;
-    typedef float F __attribute__((vector_size(32)));
-    typedef int32_t I __attribute__((vector_size(32)));
+    static constexpr int width = 4;
+    typedef float F __attribute__((vector_size(16)));
+    typedef int32_t I __attribute__((vector_size(16)));
 
     static F load(const float* p) {
         F out;
@@ -38,8 +38,14 @@ struct Simd {
     static F add(F a, F b) { return a + b; }
     static F sub(F a, F b) { return a - b; }
     static F mul(F a, F b) { return a * b; }
-    // Rounded once only where the target has it; the tolerances hold for both.
+    // Rounded twice where the target has no fused form: good enough for sums.
     static F fma(F a, F b, F c) { return a * b + c; }
+    // Rounded once: a common offset of all logits must not cost their differences.
+    static F affine(F a, F b, F c) {
+        typedef double D __attribute__((vector_size(32)));
+        const D product = __builtin_convertvector(a, D) * __builtin_convertvector(b, D);
+        return __builtin_convertvector(product + __builtin_convertvector(c, D), F);
+    }
     static F max(F a, F b) { return a > b ? a : b; }
     static F zero_where_zero(F value, F weight) { return weight == F{} ? F{} : value; }
     static float horizontal_max(F a) {
@@ -56,9 +62,9 @@ struct Simd {
         }
         return out;
     }
-    static bool all_below(F a, float limit) { return bits(a < set1(limit)) == 0xff; }
+    static bool all_below(F a, float limit) { return bits(a < set1(limit)) == 0xf; }
     // x - x is 0 for numbers, NaN for NaN and infinities.
-    static bool all_finite(F a) { return bits(a - a == F{}) == 0xff; }
+    static bool all_finite(F a) { return bits(a - a == F{}) == 0xf; }
     static void add_to_double(double* total, F a) {
         for (int i = 0; i < width; ++i) {
             total[i] += a[i];
@@ -67,8 +73,8 @@ struct Simd {
     static unsigned mask_at_least(F a, F b) { return bits(a >= b); }
     static unsigned mask_greater(F a, F b) { return bits(a > b); }
 
-    // 2^t: t = n + r with |r| <= 1/2 by the rounding of a large addend, a polynomial of degree 5 in
-    // r, and n added to the exponent. NaN stays NaN, below 2^-126 is 0, from 2^128 on is infinite.
+    // 2^t: t = n + r with |r| <= 1/2 by the rounding of a large addend, a polynomial in r, and n
+    // added to the exponent. NaN stays NaN, below 2^-126 is 0, from 2^128 on is infinite.
     static F exp2(F t) {
         const F low = set1(-126.0f), high = set1(128.0f), magic = set1(12582912.0f);
         F clamped = t < low ? low : t;
@@ -76,7 +82,7 @@ struct Simd {
         const F shifted = clamped + magic;
         const F r = clamped - (shifted - magic);
         F p = set1(kExp2[0]);
-        for (int degree = 1; degree < 6; ++degree) {
+        for (int degree = 1; degree <= kExp2Degree; ++degree) {
             p = p * r + kExp2[degree];
         }
         p = reinterpret_cast<F>(reinterpret_cast<I>(p) + (reinterpret_cast<I>(shifted) << 23));

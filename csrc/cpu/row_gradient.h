@@ -5,22 +5,24 @@
 // double precision: p - 1 must not be a difference of rounded numbers, and a bf16 output must not
 // be read back.
 
-enum class Needs { student, ratio, both };
+enum class Needs { student, ratio, teacher, both };
 
 template <Needs needs>
 inline Simd::F gradient_of(Simd::F vx, Simd::F vy, const GradientRow& row) {
-    const auto tx = Simd::fma(vx, Simd::set1(row.scale), Simd::set1(-row.rx));
+    const auto scale = Simd::set1(row.scale);
+    const auto from_x = Simd::sub(vx, Simd::set1(row.mx));
+    const auto from_y = Simd::sub(vy, Simd::set1(row.my));
+    const auto tx = Simd::mul(from_x, scale);
     const auto e = Simd::exp2(tx);
     auto inner = Simd::fma(Simd::set1(row.kh), tx, Simd::set1(row.k0));
-    Simd::F ty = tx;
-    if constexpr (needs != Needs::student) {
-        ty = Simd::fma(vy, Simd::set1(row.scale), Simd::set1(-row.ry));
-        inner = Simd::fma(Simd::set1(row.kr), Simd::sub(tx, ty), inner);
+    if constexpr (needs == Needs::ratio || needs == Needs::both) {
+        const auto v = Simd::fma(Simd::sub(from_x, from_y), scale, Simd::set1(row.high));
+        inner = Simd::fma(Simd::set1(row.kr), Simd::add(v, Simd::set1(row.low)), inner);
     }
     // Where p = 0 the bracket may be infinite: the product is 0.
     auto value = Simd::zero_where_zero(Simd::mul(e, inner), e);
-    if constexpr (needs == Needs::both) {
-        value = Simd::fma(Simd::set1(-row.kq), Simd::exp2(ty), value);
+    if constexpr (needs == Needs::teacher || needs == Needs::both) {
+        value = Simd::fma(Simd::set1(-row.kq), Simd::exp2(Simd::mul(from_y, scale)), value);
     }
     return value;
 }
@@ -70,10 +72,14 @@ void gradient_columns(const T* x, const T* y, T* out, int64_t num_valid, const G
 template <bool stream, typename T>
 void gradient_row_dispatch(const T* x, const T* y, T* out, int64_t num_valid,
                            const GradientRow& row) {
-    if (row.kq != 0 || row.kq != row.kq) {
+    // Not != 0: a NaN coefficient must reach the result.
+    const bool ratio = !(row.kr == 0), forward = !(row.kq == 0);
+    if (ratio && forward) {
         gradient_columns<Needs::both, stream>(x, y, out, num_valid, row);
-    } else if (row.kr != 0 || row.kr != row.kr) {
+    } else if (ratio) {
         gradient_columns<Needs::ratio, stream>(x, y, out, num_valid, row);
+    } else if (forward) {
+        gradient_columns<Needs::teacher, stream>(x, y, out, num_valid, row);
     } else {
         gradient_columns<Needs::student, stream>(x, y, out, num_valid, row);
     }

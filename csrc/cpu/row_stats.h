@@ -1,15 +1,19 @@
 // The statistics of one row: one read of both logits, for any Simd (see kernels_*.cpp).
 // Included inside the anonymous namespace of one translation unit per instruction set.
 //
-// Columns go in superblocks that fit the first-level cache. The reference points stay where they
-// are as long as no sum grows past kLimit: no maximum is computed on the way (the top-k's block
-// maxima excepted). After each superblock the fp32 sums are checked, and either added to the fp64
-// totals or thrown away and redone: with higher references, or, where a -inf made 0 * inf, with the
-// careful loop, which drops terms of zero mass. Everything is in log2 units until the end.
+// Columns go in superblocks of 64 vectors, which stay in the first-level cache, made of groups of
+// 8: chains of fp32 additions that short keep equal addends (ties) from drifting. The reference
+// points stay where they are as long as no sum grows past kLimit, so that no maximum is computed on
+// the way, except those of the top-k's blocks. After each superblock the fp32 sums are checked, and
+// either added to the fp64 totals or thrown away and redone: with higher references, or, where a
+// -inf made 0 * inf, with the careful loop, which drops terms of zero mass. Everything is in log2
+// units until the end.
 
 constexpr int64_t kBlock = 128;
-constexpr int64_t kSuper = 1024;
-constexpr float kLimit = 1.0e12f;
+constexpr int64_t kGroup = 8 * Simd::width;
+constexpr int64_t kSuper = 8 * kGroup;
+// Low enough that log S and U / S, whose difference is wanted, stay near their natural size.
+constexpr float kLimit = 1.0e4f;
 constexpr float kPadding = -1.0e30f;
 constexpr int kSums = 9;
 constexpr double kLn2 = 0.6931471805599453;
@@ -48,6 +52,18 @@ inline void accumulate(Sums& s, Simd::F tx, Simd::F ty) {
     s.G = Simd::fma(f, ty, s.G);
 }
 
+inline void add_sums(Sums& s, const Sums& part) {
+    s.S = Simd::add(s.S, part.S);
+    s.N = Simd::add(s.N, part.N);
+    s.U = Simd::add(s.U, part.U);
+    s.D = Simd::add(s.D, part.D);
+    s.F = Simd::add(s.F, part.F);
+    s.C = Simd::add(s.C, part.C);
+    s.Q = Simd::add(s.Q, part.Q);
+    s.E = Simd::add(s.E, part.E);
+    s.G = Simd::add(s.G, part.G);
+}
+
 // Adds the sums to the totals; false, and nothing added, where they left the safe range.
 template <bool careful>
 inline bool flush(RowState& row, const Sums& s) {
@@ -76,12 +92,17 @@ bool superblock(RowState& row, const T* x, const T* y, int64_t count, float* blo
     for (int64_t base = 0; base < count; base += kBlock) {
         const int64_t end = base + kBlock < count ? base + kBlock : count;
         auto most = Simd::load(x + base);
-        for (int64_t j = base; j < end; j += Simd::width) {
-            const auto vx = Simd::load(x + j), vy = Simd::load(y + j);
-            if constexpr (with_max) {
-                most = Simd::max(most, vx);
+        for (int64_t group = base; group < end; group += kGroup) {
+            const int64_t group_end = group + kGroup < end ? group + kGroup : end;
+            Sums part{zero, zero, zero, zero, zero, zero, zero, zero, zero};
+            for (int64_t j = group; j < group_end; j += Simd::width) {
+                const auto vx = Simd::load(x + j), vy = Simd::load(y + j);
+                if constexpr (with_max) {
+                    most = Simd::max(most, vx);
+                }
+                accumulate<careful>(part, Simd::affine(vx, scale, rx), Simd::affine(vy, scale, ry));
             }
-            accumulate<careful>(s, Simd::fma(vx, scale, rx), Simd::fma(vy, scale, ry));
+            add_sums(s, part);
         }
         if constexpr (with_max) {
             block_max[base / kBlock] = Simd::horizontal_max(most);

@@ -79,6 +79,26 @@ class MergedStats:
             return [*full, None, None, None, None]
         return [*full, *self.summary[:, 2:].to(dtype).unbind(1)]
 
+    def rows(self, rows: slice) -> MergedStats:
+        """Those of some tokens."""
+        return MergedStats(
+            self.final[rows], *(_each(z, lambda t: t[rows]) for z in self._optional())
+        )
+
+    @classmethod
+    def joined(cls, parts: list[MergedStats]) -> MergedStats:
+        """Those of the tokens of all parts, in order."""
+        optional = zip(*(part._optional() for part in parts), strict=True)
+        joined = (None if group[0] is None else torch.cat(group) for group in optional)
+        return cls(torch.cat([part.final for part in parts]), *joined)
+
+    def _optional(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        return self.summary, self.ids, self.taken
+
+
+def _each(tensor: Tensor | None, function: Callable[[Tensor], Tensor]) -> Tensor | None:
+    return None if tensor is None else function(tensor)
+
 
 def statistics_dtype(logits_dtype: torch.dtype) -> torch.dtype:
     """fp64 for fp64 logits, fp32 for all others."""

@@ -63,7 +63,7 @@ def local_stats(
     raw_x, raw_y = student[:, :num_valid].to(list_dtype), teacher[:, :num_valid].to(list_dtype)
     # Adding 0.0 makes -0.0 equal to +0.0 under any sorting rule.
     order = torch.sort(raw_x + 0.0, dim=-1, descending=True, stable=True)
-    ids = order.indices[:, : min(topk, num_valid)]
+    ids = order.indices[:, : min(topk, num_valid)].contiguous()
     x, y = raw_x.double() / temperature, raw_y.double() / temperature
     empty = x.new_full((len(x), 1), EMPTY_REFERENCE)
     m, n = (torch.cat([z, empty], dim=1).amax(-1) for z in (x, y))

@@ -271,9 +271,8 @@ def test_topk_objectives_refuse_statistics_without_a_topk():
 def test_statistics_are_those_of_the_definition_and_variance_is_the_rewards():
     for student, teacher in contexts(8, 17, seed=13):
         stats, _ = every_action(student, teacher)
-        expected = reference.definition(
-            student.expand(17, -1), teacher.expand(17, -1), torch.arange(17)
-        )
+        rows = (student.expand(17, -1), teacher.expand(17, -1))
+        expected = reference.definition(*rows, torch.arange(17))
         for name, value in expected.items():
             assert_exact(getattr(stats, f"{name}_T").detach(), value)
         centred = advantages["full"](stats)

@@ -1,0 +1,66 @@
+// Statistics and top-k of a shard: one CTA per token, no workspace in global memory.
+#include "cuda/row_stats.cuh"
+#include "cuda/row_topk.cuh"
+
+namespace megatron_vopd::cuda {
+namespace {
+
+// A row without columns contributes the empty tuple.
+__device__ void write_empty(double* packed) {
+    if (threadIdx.x == 0) {
+        packed[0] = packed[1] = kEmptyReference;
+        for (int i = 2; i < kTupleSize; ++i) {
+            packed[i] = 0;
+        }
+    }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads) stats_kernel(Logits logits, LocalStats out) {
+    extern __shared__ unsigned long long entries[];
+    __shared__ double scratch[kWarps];
+    __shared__ int counter;
+    const int64_t t = blockIdx.x;
+    const T* x = static_cast<const T*>(logits.student) + t * logits.student_stride;
+    const T* y = static_cast<const T*>(logits.teacher) + t * logits.teacher_stride;
+    double* packed = out.packed + t * kTupleSize;
+    if (logits.num_valid == 0) {
+        write_empty(packed);
+        return;
+    }
+    int* block_keys = out.topk > 0 ? reinterpret_cast<int*>(entries + kCandidates) : nullptr;
+    row_stats(x, y, logits.labels[t], logits.num_valid, logits.temperature, block_keys, scratch,
+              packed);
+    if (out.topk > 0) {
+        const int shift = misalignment(x);
+        const TopkRow<T> row = {x, logits.num_valid, shift, num_blocks(logits.num_valid, shift),
+                                block_keys};
+        const int64_t at = t * out.topk;
+        row_topk(row, y, out.topk, entries, &counter, reinterpret_cast<int*>(scratch),
+                 out.topk_student + at, out.topk_teacher + at, out.topk_ids + at);
+    }
+}
+
+}  // namespace
+
+cudaError_t local_stats(const Logits& logits, const LocalStats& out, int64_t num_tokens,
+                        cudaStream_t stream) {
+    if (num_tokens == 0) {
+        return cudaSuccess;
+    }
+    size_t shared = 0;
+    if (out.topk > 0) {
+        // One block more than the columns need, for a row that starts off a boundary.
+        shared = kCandidates * sizeof(unsigned long long) +
+                 (logits.num_valid / kBlock + 2) * sizeof(int);
+    }
+    const dim3 grid(static_cast<unsigned>(num_tokens));
+    if (logits.dtype == Dtype::f32) {
+        stats_kernel<float><<<grid, kThreads, shared, stream>>>(logits, out);
+    } else {
+        stats_kernel<__nv_bfloat16><<<grid, kThreads, shared, stream>>>(logits, out);
+    }
+    return cudaGetLastError();
+}
+
+}  // namespace megatron_vopd::cuda

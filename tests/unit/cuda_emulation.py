@@ -1,0 +1,142 @@
+"""The CUDA launchers as functions over CPU tensors: the sources compiled by g++ (emulation/).
+
+Only what g++ cannot read is rewritten: launches, dynamic shared memory, and the one instruction.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vopd.ops.native import Kernels
+
+HERE = Path(__file__).parent
+CSRC = HERE.parents[1] / "csrc"
+EXPORTS = """
+using namespace megatron_vopd::cuda;
+extern "C" void emulated_stats(const Logits& a, const LocalStats& b, int64_t n) {
+    local_stats(a, b, n, nullptr);
+}
+extern "C" void emulated_merge(const double* p, int64_t r, int64_t n, double floor, double* out) {
+    merge_stats(p, r, n, floor, out, nullptr);
+}
+extern "C" void emulated_topk(const float* s, const float* t, const int64_t* l, int64_t r,
+                              int64_t n, int64_t size, int64_t k, float* os, float* ot,
+                              int64_t* taken) {
+    merge_topk(s, t, l, r, n, size, k, os, ot, taken, nullptr);
+}
+extern "C" void emulated_gradient(const Logits& a, const GradientInputs& b, void* out,
+                                  int64_t stride, int64_t width, int64_t n) {
+    logits_gradient(a, b, out, stride, width, n, nullptr);
+}
+"""
+
+
+def translated(text: str) -> str:
+    """CUDA source as C++ for the emulation."""
+    launch = r"([\w:]+(?:<\w+>)?)<<<(.*?)>>>\((.*?)\);"
+    text = re.sub(launch, r"emulation::launch(\2, [=] { \1(\3); });", text, flags=re.DOTALL)
+    shared = r"extern __shared__ ([\w ]+?) (\w+)\[\];"
+    text = re.sub(shared, r"\1* \2 = emulation::dynamic_shared<\1>();", text)
+    flush = "out = t < -126.0f ? 0.0f : std::exp2(t);"
+    text = re.sub(r'asm\("ex2.*?\);', flush, text)
+    # Two warps instead of sixteen: the same paths, fewer fibers.
+    return text.replace("constexpr int kThreads = 512;", "constexpr int kThreads = 64;")
+
+
+def build(folder: Path) -> ctypes.CDLL:
+    """Compiles the emulated kernels into `folder`."""
+    for source in (*CSRC.glob("cuda/*"), CSRC / "distill_stats.h"):
+        target = folder / source.relative_to(CSRC)
+        target.parent.mkdir(exist_ok=True)
+        target.write_text(translated(source.read_text()))
+    includes = "".join(f'#include "cuda/{name}.cu"\n' for name in ("stats", "merge", "gradient"))
+    (folder / "all.cpp").write_text(includes + EXPORTS)
+    command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}"]
+    command += [f"-I{HERE / 'emulation'}", str(folder / "all.cpp"), "-o", str(folder / "all.so")]
+    subprocess.run(command, check=True)
+    return ctypes.CDLL(str(folder / "all.so"))
+
+
+def _struct(*fields: tuple[str, Any]) -> type[ctypes.Structure]:
+    return type("Struct", (ctypes.Structure,), {"_fields_": list(fields)})
+
+
+POINTER, LONG, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
+LOGITS = _struct(
+    ("student", POINTER),
+    ("teacher", POINTER),
+    ("student_stride", LONG),
+    ("teacher_stride", LONG),
+    ("labels", POINTER),
+    ("num_valid", LONG),
+    ("temperature", DOUBLE),
+    ("dtype", ctypes.c_int),
+)
+OUTPUTS = _struct(*((name, POINTER) for name in ("packed", "x", "y", "ids")), ("topk", LONG))
+INPUTS = _struct(*((n, POINTER) for n in ("final", "c", "ids", "taken", "s")), ("topk", LONG))
+
+
+def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
+    return POINTER(None if tensor is None else tensor.data_ptr())
+
+
+def kernels(library: ctypes.CDLL) -> Kernels:
+    """The operators' signatures over the emulated launchers."""
+
+    def logits_of(x: Tensor, y: Tensor, labels: Tensor, num_valid: int, temperature: float) -> Any:
+        strides = (x.stride(0), y.stride(0))
+        dtype = 0 if x.dtype == torch.float32 else 1
+        return LOGITS(
+            x.data_ptr(), y.data_ptr(), *strides, labels.data_ptr(), num_valid, temperature, dtype
+        )
+
+    def local_stats(x, y, labels, num_valid, temperature, topk):
+        k = min(topk, num_valid)
+        packed = torch.empty(len(x), 13, dtype=torch.float64)
+        lists = torch.empty(2, len(x), k)
+        ids = torch.empty(len(x), k, dtype=torch.int64)
+        out = OUTPUTS(
+            packed.data_ptr(), lists[0].data_ptr(), lists[1].data_ptr(), ids.data_ptr(), k
+        )
+        logits = logits_of(x, y, labels, num_valid, temperature)
+        library.emulated_stats(ctypes.byref(logits), ctypes.byref(out), LONG(len(x)))
+        return packed, lists[0], lists[1], ids
+
+    def merge_stats(packed, optimal_floor):
+        out = torch.empty(packed.shape[1], 10, dtype=torch.float64)
+        sizes = (LONG(packed.shape[0]), LONG(packed.shape[1]))
+        library.emulated_merge(_pointer(packed), *sizes, DOUBLE(optimal_floor), _pointer(out))
+        return out
+
+    def merge_topk(student, teacher, lengths, topk):
+        ranks, tokens, size = student.shape
+        out = torch.empty(2, tokens, topk)
+        taken = torch.empty(tokens, ranks, dtype=torch.int64)
+        pointers = (_pointer(student.contiguous()), _pointer(teacher.contiguous()))
+        sizes = [LONG(value) for value in (ranks, tokens, size, topk)]
+        outputs = (_pointer(out[0]), _pointer(out[1]), _pointer(taken))
+        library.emulated_topk(*pointers, _pointer(lengths), *sizes, *outputs)
+        return out[0], out[1], taken
+
+    def gradient_into(out, x, y, labels, final, c, num_valid, tau, ids=None, taken=None, s=None):
+        pointers = [_pointer(z) for z in (final, c, ids, taken, s)]
+        inputs = INPUTS(*pointers, 0 if ids is None else ids.shape[1])
+        logits = logits_of(x, y, labels, num_valid, tau)
+        sizes = [LONG(value) for value in (out.stride(0), x.shape[1], len(x))]
+        library.emulated_gradient(ctypes.byref(logits), ctypes.byref(inputs), _pointer(out), *sizes)
+        return out
+
+    def logits_gradient(x, *arguments):
+        return gradient_into(torch.empty_like(x), x, *arguments)
+
+    def logits_gradient_(x, *arguments):
+        gradient_into(x, x, *arguments)
+
+    return Kernels("cuda", local_stats, merge_stats, merge_topk, logits_gradient, logits_gradient_)

@@ -1,0 +1,348 @@
+"""Benchmarks of the core operator: ratios in one process, against copies, eager and torch.compile.
+
+    python tools/benchmark_ops.py [--device cpu] [--tokens 256] [--vocab 151936] [--repeats 20]
+
+Candidates and baselines run interleaved, so that a change of the machine's load meets all of them;
+median and least time are reported, and ratios of medians. Outputs are compared before anything is
+timed. On the CPU the script runs itself twice: with the default malloc, and with one that does not
+give memory back (page faults slow eager torch three- to fourfold, and would flatter the operator).
+Writes a table and a plot to --out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+from megatron_vopd import objectives
+from megatron_vopd.ops import linear, native
+from megatron_vopd.vocab_parallel import VocabShard, linear_distill_loss
+
+TOPK = 128
+# Tokens, hidden size and vocabulary of the LM-head comparison on a GPU.
+LINEAR_CUDA = (8192, 4096, 151936)
+FAULT_FREE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+INPUTS = ("gaussian", "zipf", "constant", "ascending", "ties")
+
+
+def make_logits(kind: str, num_tokens: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Student and teacher logits [T, V] fp32 of one of INPUTS (kernels.md section 5)."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(num_tokens, vocab_size, generator=generator).mul_(3)
+    x[:, torch.randint(0, vocab_size, (8,), generator=generator)] += 12
+    y = torch.randn(num_tokens, vocab_size, generator=generator).add_(x)
+    ids = torch.arange(float(vocab_size)).expand(num_tokens, -1)
+    if kind == "zipf":
+        x = x.mul_(0.1).sub_(1.1 * (ids + 1).log())
+    elif kind == "constant":
+        x = torch.zeros_like(x)
+    elif kind == "ascending":
+        x = ids * (20 / vocab_size)
+    elif kind == "ties":
+        x = x.bfloat16().float()
+    return x.contiguous(), y
+
+
+def eager_statistics(x: torch.Tensor, y: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
+    """The five main outputs by torch: two label log-probs, both divergences, the entropy."""
+    log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
+    p, delta = log_p.exp(), log_p - log_q
+    return [
+        log_p.gather(1, labels[:, None])[:, 0],
+        log_q.gather(1, labels[:, None])[:, 0],
+        (p * delta).sum(-1),
+        -(log_q.exp() * delta).sum(-1),
+        -(p * log_p).sum(-1),
+    ]
+
+
+def timed(cases: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list]:
+    """Milliseconds of every case, interleaved; one unmeasured round first."""
+    times: dict[str, list] = {name: [] for name in cases}
+    for round_number in range(repeats + 1):
+        for name, run in cases.items():
+            if device == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            run()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            if round_number:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def operator_cases(
+    x: torch.Tensor, y: torch.Tensor, labels: torch.Tensor
+) -> dict[str, Callable[[], object]]:
+    """The operator's kernels on one input."""
+    kernels = native.resolve("auto", x.device, x.dtype)
+    vocab_size = x.shape[1]
+    final = kernels.merge_stats(
+        kernels.local_stats(x, y, labels, vocab_size, 1.0, 0)[0][None], 1e-4
+    )
+
+    def statistics(topk: int) -> Callable[[], object]:
+        return lambda: kernels.local_stats(x, y, labels, vocab_size, 1.0, topk)
+
+    def gradient(at: int) -> Callable[[], object]:
+        weights = torch.zeros(len(x), 5, dtype=torch.float64, device=x.device)
+        weights[:, at] = 1
+        arguments = (x, y, labels, final, weights, vocab_size, 1.0)
+        return lambda: kernels.logits_gradient(*arguments)
+
+    return {
+        "statistics": statistics(0),
+        f"statistics + top-{TOPK}": statistics(TOPK),
+        "policy gradient": gradient(0),
+        "reverse-KL gradient": gradient(1),
+        "forward-KL gradient": gradient(2),
+    }
+
+
+def baseline_cases(
+    x: torch.Tensor, y: torch.Tensor, labels: torch.Tensor, compiled: Callable | None
+) -> dict[str, Callable[[], object]]:
+    """Copies of the same bytes and what torch offers."""
+    to_x, to_y = torch.empty_like(x), torch.empty_like(y)
+
+    def copy_three_halves() -> None:
+        # Two reads and one write: as many bytes as the reverse-KL gradient moves.
+        torch.add(x, y, out=to_x)
+
+    cases = {
+        "read both (max)": lambda: (x.amax(), y.amax()),
+        "copy both": lambda: (to_x.copy_(x), to_y.copy_(y)),
+        "copy one": lambda: to_x.copy_(x),
+        "clone one (fresh output)": lambda: x.clone(),
+        "add (2 reads, 1 write)": copy_three_halves,
+        "eager torch, 5 outputs": lambda: eager_statistics(x, y, labels),
+        "torch.topk(32)": lambda: x.topk(32),
+    }
+    if compiled is not None:
+        cases["torch.compile, 5 outputs"] = lambda: compiled(x, y, labels)
+    return cases
+
+
+def linear_cases(device: str) -> dict[str, Callable[[], object]]:
+    """The LM-head entrance, forward and backward, and its four GEMMs alone."""
+    num_tokens, hidden_size, vocab_size = (512, 1024, 32768) if device == "cpu" else LINEAR_CUDA
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    chunk = num_tokens // 2
+    shapes = ((num_tokens, hidden_size), (vocab_size, hidden_size)) * 2
+    hidden, head, teacher_hidden, teacher_head = (
+        torch.randn(*shape, device=device).mul_(shape[1] ** -0.5).to(dtype) for shape in shapes
+    )
+    labels = torch.randint(0, vocab_size, (num_tokens,), device=device)
+    group = dist.group.WORLD
+    assert group is not None
+    shard = VocabShard(0, vocab_size, group)
+    settings = objectives.ObjectiveSettings()
+    leaves = hidden.requires_grad_(), head.requires_grad_()
+
+    def entrance() -> object:
+        loss, _ = linear_distill_loss(
+            *leaves,
+            teacher_hidden,
+            teacher_head,
+            labels,
+            shard,
+            lambda stats: objectives.coefficients("sampled", stats, settings),
+            chunk=chunk,
+            check_ranks=False,
+        )
+        return torch.autograd.grad(loss, leaves)
+
+    x, w = hidden.detach(), head.detach()
+    logits = torch.empty(chunk, vocab_size, device=device)
+
+    def gemms() -> object:
+        rows_gradient = torch.empty_like(x)
+        total = torch.zeros_like(w, dtype=torch.float32)
+        for start in range(0, num_tokens, chunk):
+            rows = slice(start, start + chunk)
+            linear.head_logits(teacher_hidden[rows], teacher_head, logits)
+            linear.head_logits(x[rows], w, logits)
+            rows_gradient[rows] = linear.hidden_gradient(logits, w)
+            linear.add_weight_gradient(total, logits, x[rows])
+        return rows_gradient, total
+
+    return {"LM-head entrance": entrance, "its GEMMs alone": gemms}
+
+
+def assert_same_outputs(x: torch.Tensor, y: torch.Tensor, labels: torch.Tensor) -> None:
+    kernels = native.resolve("auto", x.device, x.dtype)
+    packed, _, _, ids = kernels.local_stats(x, y, labels, x.shape[1], 1.0, TOPK)
+    final = kernels.merge_stats(packed[None], 1e-4)
+    expected = torch.stack(eager_statistics(x.double(), y.double(), labels), dim=1)
+    actual = final[:, [2, 3, 4, 5, 6]]
+    torch.testing.assert_close(actual, expected, rtol=4e-6, atol=4e-6)
+    order = torch.sort(x + 0.0, dim=-1, descending=True, stable=True).indices[:, :TOPK]
+    assert torch.equal(ids, order), "the top-k differs from a stable sort"
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list]]:
+    """Times by input kind; baselines on the first kind only."""
+    results = {}
+    compiled = None
+    if not arguments.no_compile:
+        compiled = torch.compile(eager_statistics)
+    for kind in INPUTS:
+        on_host = make_logits(kind, arguments.tokens, arguments.vocab)
+        x, y = (z.to(arguments.device) for z in on_host)
+        labels = torch.randint(0, arguments.vocab, (arguments.tokens,)).to(x.device)
+        rows = slice(0, min(16, arguments.tokens))
+        assert_same_outputs(x[rows], y[rows], labels[rows])
+        cases = operator_cases(x, y, labels)
+        if kind == "gaussian":
+            cases |= baseline_cases(x, y, labels, compiled)
+        results[kind] = timed(cases, arguments.repeats, arguments.device)
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    few = max(3, arguments.repeats // 4)
+    results["linear"] = timed(linear_cases(arguments.device), few, arguments.device)
+    dist.destroy_process_group()
+    return results
+
+
+def targets(results: dict[str, dict[str, list]]) -> list[tuple[str, float, str]]:
+    """Rows of kernels.md section 5 that this benchmark decides: name, ratio, target."""
+    main = {name: median(values) for name, values in results["gaussian"].items()}
+    topk = f"statistics + top-{TOPK}"
+    slowest = max(
+        median(results[kind][topk]) / main[topk] for kind in ("constant", "ascending", "ties")
+    )
+    stats = main["statistics"]
+    rows = [
+        ("eager torch / statistics", main["eager torch, 5 outputs"] / stats, ">= 12"),
+        ("statistics / reading both", stats / main["read both (max)"], "<= 1.8"),
+        ("statistics / copying both", stats / main["copy both"], "(0.85: prototype)"),
+        (f"{topk} / statistics", main[topk] / stats, "<= 1.35"),
+        ("adversarial rows / gaussian rows", slowest, "<= 1.3"),
+        ("policy gradient / copying one", main["policy gradient"] / main["copy one"], "<= 1.3"),
+        (
+            "reverse-KL gradient / add",
+            main["reverse-KL gradient"] / main["add (2 reads, 1 write)"],
+            "<= 1.3",
+        ),
+    ]
+    rows.insert(
+        6,
+        (
+            "policy gradient / cloning one (both outputs fresh)",
+            main["policy gradient"] / main["clone one (fresh output)"],
+            "<= 1.3",
+        ),
+    )
+    linear_times = {name: median(values) for name, values in results["linear"].items()}
+    ratio = linear_times["LM-head entrance"] / linear_times["its GEMMs alone"]
+    rows.append(("LM-head entrance / its GEMMs", ratio, "<= 1.2"))
+    if "torch.compile, 5 outputs" in main:
+        rows.insert(
+            0, ("torch.compile / statistics", main["torch.compile, 5 outputs"] / stats, ">= 4")
+        )
+    return rows
+
+
+def table(title: str, results: dict[str, dict[str, list]]) -> str:
+    lines = [
+        f"### {title}",
+        "",
+        "| input | case | median ms | least ms |",
+        "| --- | --- | --- | --- |",
+    ]
+    for kind, cases in results.items():
+        for name, values in cases.items():
+            lines.append(f"| {kind} | {name} | {median(values):.2f} | {min(values):.2f} |")
+    lines += ["", "| ratio of medians | reached | target |", "| --- | --- | --- |"]
+    lines += [f"| {name} | {ratio:.2f} | {target} |" for name, ratio, target in targets(results)]
+    return "\n".join([*lines, ""])
+
+
+def machine(device: str) -> str:
+    if device == "cuda":
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next(line.split(": ")[1] for line in lines if line.startswith("model name"))
+    isa = native.build_info()["isa"]
+    threads = torch.get_num_threads()
+    return f"{model} ({platform.machine()}, {isa}), {threads} threads, torch {torch.__version__}"
+
+
+def write_plot(path: Path, results: dict[str, dict[str, list]], title: str) -> None:
+    """The first input's medians as bars; left out, with a line, where matplotlib is absent."""
+    try:
+        importlib.import_module("matplotlib").use("Agg")
+        pyplot = importlib.import_module("matplotlib.pyplot")
+    except ModuleNotFoundError:
+        print("no plot: matplotlib is not installed", file=sys.stderr)
+        return
+    cases = {name: median(values) for name, values in results["gaussian"].items()}
+    names = sorted(cases, key=lambda name: -cases[name])
+    figure, axes = pyplot.subplots(figsize=(8, 4.5))
+    own = ("statistics", "policy", "reverse-KL", "forward-KL")
+    colours = ["tab:blue" if name.startswith(own) else "lightgray" for name in names]
+    bars = axes.barh(names, [cases[name] for name in names], color=colours)
+    axes.bar_label(bars, fmt="%.1f", padding=3)
+    axes.set_xlabel("median ms (blue: this operator)")
+    axes.set_title(title, fontsize=9)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def in_child(arguments: list[str], environment: dict[str, str]) -> dict[str, dict[str, list]]:
+    command = [sys.executable, __file__, *arguments, "--json"]
+    run = subprocess.run(
+        command, env=os.environ | environment, stdout=subprocess.PIPE, text=True, check=True
+    )
+    return json.loads(run.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--tokens", type=int)
+    parser.add_argument("--vocab", type=int, default=151936)
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
+    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
+    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    arguments.tokens = arguments.tokens or {"cpu": 256, "cuda": 4096}[arguments.device]
+    if arguments.json:
+        print(json.dumps(measure(arguments)))
+        return
+    own = sys.argv[1:]
+    if arguments.device == "cuda":
+        runs = {"CUDA": in_child(own, {})}
+    else:
+        runs = {
+            "malloc that keeps its pages": in_child(own, FAULT_FREE),
+            "default malloc": in_child(own, {}),
+        }
+    date = datetime.datetime.now(datetime.UTC).date()
+    title = f"T={arguments.tokens}, V={arguments.vocab}, fp32; {machine(arguments.device)}; {date}"
+    command = f"python tools/benchmark_ops.py {' '.join(own)}".strip()
+    sections = [table(name, results) for name, results in runs.items()]
+    text = "\n".join([f"## {title}", "", f"`{command}`", "", *sections])
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    (arguments.out / f"{arguments.device}.md").write_text(text)
+    write_plot(arguments.out / f"{arguments.device}.png", next(iter(runs.values())), title)
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
