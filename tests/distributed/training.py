@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,13 +97,24 @@ def forward_backward(
     groups: Groups,
     batches: list[Microbatch],
     sequence_parallel: bool,
+    loss_sum: Callable[[torch.Tensor, Any, Microbatch], torch.Tensor] | None = None,
 ) -> list[list[torch.Tensor]]:
-    """Gradients of the token-mean cross-entropy into `main_grad`, over all data-parallel replicas.
+    """Gradients of a token-mean loss into `main_grad`, over all data-parallel replicas.
+
+    Args:
+        loss_sum: hidden states, model, microbatch -> the sum over its tokens (cross-entropy).
 
     Returns:
-        On the last stage the logits of every sequence of every microbatch, elsewhere nothing.
+        On the last stage the logits of every sequence of every microbatch, elsewhere nothing; empty
+        lists with a `loss_sum` of one's own.
     """
     seen: list[list[torch.Tensor]] = []
+
+    def cross_entropy_sum(output: torch.Tensor, model: Any, batch: Microbatch) -> torch.Tensor:
+        whole = vocabulary_logits(output, model, facts, groups, sequence_parallel)
+        logits = batch.split(whole)
+        seen.append([row.detach() for row in logits])
+        return cross_entropy(torch.cat(logits), torch.cat(batch.labels), reduction="sum")
 
     def step(batch_iterator: Any, model: Any) -> Any:
         batch = next(batch_iterator)
@@ -111,12 +123,9 @@ def forward_backward(
         hidden = model(rows, torch.arange(rows.shape[1])[None], None, packed_seq_params=packing)
 
         def loss(output: torch.Tensor) -> Any:
-            whole = vocabulary_logits(output, model.module, facts, groups, sequence_parallel)
-            logits = batch.split(whole)
-            seen.append([row.detach() for row in logits])
-            labels = torch.cat(batch.labels)
-            total = cross_entropy(torch.cat(logits), labels, reduction="sum")
-            return total, torch.tensor(len(labels), dtype=torch.int), {"loss": total.detach()}
+            total = (loss_sum or cross_entropy_sum)(output, model.module, batch)
+            num_tokens = torch.tensor(sum(map(len, batch.labels)), dtype=torch.int)
+            return total, num_tokens, {"loss": total.detach()}
 
         return hidden, loss
 
