@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export GLOO_SOCKET_IFNAME ?= lo
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install test test-all lint format clean
+.PHONY: help install test test-all lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -39,6 +39,9 @@ format: $(INSTALLED)  ## write the formatting that lint asks for
 	$(BIN)/ruff check --fix --quiet . || true
 	$(BIN)/ruff format --quiet .
 	$(if $(SOURCES),$(BIN)/clang-format -i $(SOURCES))
+
+bench: $(INSTALLED)  ## time the operator against copies, eager torch and torch.compile
+	OMP_NUM_THREADS=2 $(BIN)/python tools/benchmark_ops.py
 
 clean:  ## remove what was built; keeps .venv
 	rm -rf build *.egg-info megatron_vopd/_C*.so .pytest_cache .ruff_cache

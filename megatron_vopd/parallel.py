@@ -11,6 +11,7 @@ group of size one. That matters because torch reads `group=None` as the whole wo
 from __future__ import annotations
 
 import datetime
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -100,8 +101,6 @@ def init_world(device: str, timeout_seconds: float = 600.0) -> None:
     if device == "cpu":
         cpu_runtime.activate()
     else:
-        import os
-
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if not dist.is_initialized():
         backend = "gloo" if device == "cpu" else "nccl"
