@@ -30,7 +30,7 @@ from megatron_vopd.ops.autograd import (
 from megatron_vopd.ops.fields import Coefficients, DistillStats
 
 # Rows of the weight at a time where a GEMM needs an fp32 copy (CPU) or an fp32 sum (CUDA) of them.
-BLOCK_ROWS = 8192
+BLOCK_ROWS = 4096
 
 
 @dataclass(frozen=True)
