@@ -80,7 +80,11 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     )
     checking.add_argument("config", metavar="CONFIG", help="YAML file; see examples/")
     checking.add_argument(
-        "overrides", metavar="section.key=value", nargs="*", help="settings that replace the file's"
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        default=[],
+        help="settings that replace the file's",
     )
     checking.add_argument(
         "--world-size",
