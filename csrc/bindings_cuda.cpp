@@ -17,8 +17,16 @@
 namespace megatron_vopd {
 namespace {
 
+// A kernel that is given another device's pointer corrupts memory or ends the CUDA context.
+void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& student) {
+    TORCH_CHECK_VALUE(tensor.device() == student.device(), name, ": expected on ", student.device(),
+                      " as the student, got ", tensor.device());
+}
+
 cuda::Logits raw_logits(const at::Tensor& student, const at::Tensor& teacher,
                         const at::Tensor& labels, int64_t num_valid, double temperature) {
+    check_device(teacher, "teacher", student);
+    check_device(labels, "labels", student);
     const auto dtype = student.scalar_type() == at::kFloat ? cuda::Dtype::f32 : cuda::Dtype::bf16;
     return {student.data_ptr(),         teacher.data_ptr(), student.stride(0), teacher.stride(0),
             labels.data_ptr<int64_t>(), num_valid,          temperature,       dtype};
@@ -62,6 +70,8 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_topk_cuda(const at::Tensor&
                                                                const at::Tensor& lengths,
                                                                int64_t topk) {
     check_lists(student, teacher, lengths);
+    check_device(teacher, "teacher", student);
+    check_device(lengths, "lengths", student);
     const int64_t num_ranks = student.size(0), num_tokens = student.size(1);
     TORCH_CHECK_VALUE(num_ranks <= 32, "student: expected at most 32 ranks, got ", num_ranks);
     TORCH_CHECK_VALUE(topk >= 1 && topk <= num_ranks * student.size(2),
@@ -88,6 +98,8 @@ void gradient_into(const at::Tensor& student, const at::Tensor& teacher, const a
     check_logits(student, teacher, labels, num_valid, temperature);
     const int64_t num_tokens = student.size(0);
     check_gradient(num_tokens, final_stats, coefficients, topk_ids, topk_taken, topk_summary);
+    check_device(final_stats, "final", student);
+    check_device(coefficients, "coefficients", student);
     const c10::cuda::CUDAGuard guard(student.device());
     cuda::GradientInputs in{final_stats.data_ptr<double>(),
                             coefficients.data_ptr<double>(),
@@ -96,6 +108,11 @@ void gradient_into(const at::Tensor& student, const at::Tensor& teacher, const a
                             nullptr,
                             0};
     if (topk_ids.has_value()) {
+        TORCH_CHECK_VALUE(topk_ids->size(1) <= cuda::kMaxTopk, "topk_ids: expected at most ",
+                          cuda::kMaxTopk, " columns on CUDA, got ", topk_ids->size(1));
+        check_device(*topk_ids, "topk_ids", student);
+        check_device(*topk_taken, "topk_taken", student);
+        check_device(*topk_summary, "topk_summary", student);
         in.topk_ids = topk_ids->data_ptr<int64_t>();
         in.topk_taken = topk_taken->data_ptr<int64_t>();
         in.topk_summary = topk_summary->data_ptr<double>();

@@ -27,6 +27,7 @@ inline void check_logits(const at::Tensor& student, const at::Tensor& teacher,
                           labels.size(0) == student.size(0) && labels.is_contiguous(),
                       "labels: expected contiguous int64 [", student.size(0), "], got ",
                       labels.scalar_type(), " ", labels.sizes());
+    TORCH_CHECK_VALUE(num_valid >= 0, "num_valid: expected >= 0, got ", num_valid);
     TORCH_CHECK_VALUE(temperature > 0, "temperature: expected > 0, got ", temperature);
 }
 

@@ -15,7 +15,8 @@
 //
 // so tuples of blocks, threads and ranks merge by moving both to common references and adding. Any
 // reference near the maximum will do. An operand without mass contributes nothing: its terms are
-// set to 0 instead of being computed, because its references may make 0 * inf.
+// set to 0 instead of being computed, because its references may make 0 * inf. One whose mass is
+// NaN always contributes: a shard of NaNs has the references of an empty one.
 #pragma once
 
 #include <cmath>
@@ -45,6 +46,10 @@ MEGATRON_VOPD_HD Tuple empty_tuple() {
     return {kEmptyReference, kEmptyReference, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0};
 }
 
+MEGATRON_VOPD_HD bool contributes(double factor, double mass) {
+    return mass != mass || (factor != 0 && mass != 0);
+}
+
 // The sums of `t` against the references (m, n), both at or above its own.
 MEGATRON_VOPD_HD Tuple shifted(const Tuple& t, double m, double n) {
     const double alpha = m - t.m, beta = n - t.n, kappa = alpha - beta;
@@ -52,7 +57,7 @@ MEGATRON_VOPD_HD Tuple shifted(const Tuple& t, double m, double n) {
     Tuple out = empty_tuple();
     out.m = m;
     out.n = n;
-    if (a != 0 && t.S != 0) {
+    if (contributes(a, t.S)) {
         out.S = a * t.S;
         out.U = a * (t.U - alpha * t.S);
         out.D = a * (t.D - kappa * t.S);
@@ -60,7 +65,7 @@ MEGATRON_VOPD_HD Tuple shifted(const Tuple& t, double m, double n) {
         out.Q = a * (t.Q - kappa * (2 * t.D - kappa * t.S));
         out.E = a * a * (t.E - kappa * t.C);
     }
-    if (b != 0 && t.N != 0) {
+    if (contributes(b, t.N)) {
         out.N = b * t.N;
         out.F = b * (t.F + kappa * t.N);
         out.G = b * (t.G - beta * t.N);

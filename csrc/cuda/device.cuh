@@ -12,7 +12,9 @@ namespace megatron_vopd::cuda {
 
 constexpr int kThreads = 512;
 constexpr int kWarps = kThreads / 32;
-constexpr float kPadding = -1.0e30f;
+// References start here; padding is so far below that it has no mass at any temperature.
+constexpr float kLowestReference = -1.0e30f;
+constexpr float kPadding = -1.0e35f;
 constexpr double kLn2 = 0.6931471805599453;
 // Columns of one thread in one block: a warp covers a block of 256.
 constexpr int kGroup = kBlock / 32;
@@ -108,7 +110,7 @@ __device__ inline void store_group(T* row, int64_t block, int shift, int lane, i
             *reinterpret_cast<float4*>(to + kBlock / 2) =
                 make_float4(value[4], value[5], value[6], value[7]);
         } else {
-            __nv_bfloat162 pairs[4];
+            alignas(16) __nv_bfloat162 pairs[4];
 #pragma unroll
             for (int i = 0; i < 4; ++i) {
                 pairs[i] = __floats2bfloat162_rn(value[2 * i], value[2 * i + 1]);

@@ -69,7 +69,7 @@ __device__ inline Tuple natural_tuple(const ThreadState& s) {
 
 __device__ inline bool raise_references(ThreadState& s, const float (&x)[kGroup],
                                         const float (&y)[kGroup]) {
-    float hx = kPadding, hy = kPadding;
+    float hx = kLowestReference, hy = kLowestReference;
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
         hx = fmaxf(hx, x[i] * s.scale);
@@ -187,7 +187,7 @@ __device__ void row_stats(const T* x, const T* y, int64_t label, int64_t num_val
         s.total[i] = 0;
     }
     float vx[kGroup], vy[kGroup];
-    float first_x = kPadding, first_y = kPadding;
+    float first_x = kLowestReference, first_y = kLowestReference;
     if (warp < blocks) {
         load_group(x, warp, shift, lane, num_valid, true, kPadding, vx);
         load_group(y, warp, shift, lane, num_valid, y_vector, kPadding, vy);
