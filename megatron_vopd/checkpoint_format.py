@@ -195,7 +195,9 @@ def _tensors(metadata: Inert) -> tuple[dict[str, StoredTensor], list[str]]:
         raise PickleRefusedError("holds no dictionaries of tensors")
     placed: dict[tuple[str, tuple[int, ...]], Inert] = {}
     for index, info in places.items():
-        offset = index.field("offset") if isinstance(index, Inert) else None
+        # Objects have no offset.
+        known = isinstance(index, Inert) and isinstance(index.state, dict)
+        offset = index.state.get("offset") if known else None
         if offset is not None and isinstance(info, Inert):
             placed[index.field("fqn"), _ints(offset)] = info
     tensors, objects = {}, []

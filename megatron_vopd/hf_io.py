@@ -42,6 +42,7 @@ def read_config(model_dir: str | Path) -> tuple[Any, ModelFacts]:
     Raises:
         ModelError: no readable config, or an unsupported model.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = Path(model_dir) / "config.json"
@@ -50,8 +51,8 @@ def read_config(model_dir: str | Path) -> tuple[Any, ModelFacts]:
     read_facts(str(path))  # names what is wrong with a config that transformers would stumble over
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ModelError(f"{path}: refused by transformers: {reason}") from error
     return config, facts_from_config(config.to_dict(), str(path))
 

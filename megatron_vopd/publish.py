@@ -139,23 +139,25 @@ class Staging:
             raise PublishError(f"{out_dir}: appeared meanwhile; choose a new folder")
         with _naming(out_dir):
             os.rename(self.path, out_dir)
-        sync_folder(out_dir.parent)
+        sync_folder(
+            out_dir.parent, f"{out_dir.name} is complete, but may not outlive a power failure"
+        )
 
 
 @contextlib.contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def _naming(path: Path, outcome: str = "nothing was published") -> Iterator[None]:
     """Failures of the file system as one line that names the path."""
     try:
         yield
     except OSError as error:
-        raise PublishError(f"{path}: {error.strerror}; nothing was published") from error
+        raise PublishError(f"{path}: {error.strerror}; {outcome}") from error
 
 
-def sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path, outcome: str = "nothing was published") -> None:
     """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with _naming(folder):
+        with _naming(folder, outcome):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)

@@ -1,4 +1,4 @@
-"""A synthetic model of about 2 GiB, written as transformers lays it out, and a sampler of memory."""
+"""A synthetic model of about 2 GiB in HF format, and a sampler of memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def write_big_model(folder: Path, num_layers: int = 13) -> Path:
         file.write(header_bytes(shapes, torch.bfloat16))
         for number, shape in enumerate(shapes.values()):
             size = torch.Size(shape).numel()
-            values = noise.roll(number * 7919)[:size] if size < 10**6 else noise[:size] * (1 + number)
+            values = (
+                noise.roll(number * 7919)[:size] if size < 10**6 else noise[:size] * (1 + number)
+            )
             file.write(values.view(torch.uint8).numpy())
     return folder
 

@@ -119,7 +119,10 @@ def enumerate_points(tool: str, source: Path, root: Path, mode: str) -> dict[str
         state = state_of(folder / "out")
         states[state] = states.get(state, 0) + 1
         leftovers = [path.name for path in folder.glob("out.tmp-*")]
-        if mode == "fail" and (ended.get("status") == 0) != (state == "complete"):
+        renamed = at > whole["seen"].index("rename") + 1
+        if mode == "fail" and (
+            ended.get("status") != 2 or leftovers or (state == "complete") != renamed
+        ):
             problems.append([at, whole["seen"][at - 1], state, ended, leftovers])
         if mode != "fail" and not ended["killed"]:
             problems.append([at, whole["seen"][at - 1], state, ended])

@@ -26,9 +26,7 @@ def _convert(source: Path, out: Path) -> None:
 def _strike(tool: str, source: Path, root: Path, modes: tuple[str, ...]) -> dict:
     root.mkdir()
     command = [sys.executable, "-m", "tests.integration.crash_points", tool, str(source), str(root)]
-    done = subprocess.run(
-        [*command, *modes], cwd=ROOT, capture_output=True, text=True, timeout=380
-    )
+    done = subprocess.run([*command, *modes], cwd=ROOT, capture_output=True, text=True, timeout=380)
     assert done.returncode == 0, done.stderr[-2000:]
     found: dict = {}
     for line in done.stdout.splitlines():
