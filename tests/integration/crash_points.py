@@ -133,7 +133,7 @@ def enumerate_points(tool: str, source: Path, root: Path, mode: str) -> dict[str
         shutil.rmtree(folder)
     audited = sorted(whole["audit"])
     counted = sorted(
-        {"unlink": "remove"}.get(name, name)
+        "remove" if name == "unlink" else str(name)
         for name in whole["seen"]
         if name not in ("write", "fsync")
     )
