@@ -160,12 +160,19 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 class CheckpointReader:
-    """Fills shards from a checkpoint folder, whatever layout wrote it. A context manager."""
+    """Fills shards from a checkpoint folder, whatever layout wrote it. A context manager.
 
-    def __init__(self, folder: Path, skip_objects: bool = False) -> None:
+    Args:
+        skip_objects: leave pickled objects unread instead of refusing the folder.
+        hashed: files whose sha256 was just verified.
+    """
+
+    def __init__(
+        self, folder: Path, skip_objects: bool = False, hashed: Collection[str] = ()
+    ) -> None:
         self.folder = folder
         self.tensors = read_index(folder, skip_objects)
-        self._values = ChunkReader(folder)
+        self._values = ChunkReader(folder, hashed)
 
     def __enter__(self) -> CheckpointReader:
         return self

@@ -6,7 +6,7 @@ The model is built on the meta device, which gives its parameters' places in the
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ class CheckpointModel:
     Args:
         text_dir: folder of config and tokenizer; None: the one that the checkpoint carries.
         skip_objects: leave what a stock checkpoint pickles unread, instead of refusing it.
+        hashed: files whose sha256 was just verified.
     """
 
     def __init__(
@@ -65,11 +66,12 @@ class CheckpointModel:
         groups: Groups,
         text_dir: Path | None = None,
         skip_objects: bool = False,
+        hashed: Collection[str] = (),
     ) -> None:
         self.folder = ckpt_dir
         if not ckpt_dir.is_dir():
             raise CheckpointError(f"{ckpt_dir}: no such folder; give a checkpoint folder")
-        self._reader = CheckpointReader(ckpt_dir, skip_objects)
+        self._reader = CheckpointReader(ckpt_dir, skip_objects, hashed)
         self.text_dir = text_dir or ckpt_dir / HF_DIR
         if not self.text_dir.is_dir():
             raise CheckpointError(

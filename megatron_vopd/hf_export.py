@@ -30,7 +30,7 @@ from megatron_vopd.model_source import (
     require_finite,
     require_same_bits,
 )
-from megatron_vopd.parallel import Groups, in_step
+from megatron_vopd.parallel import Groups, in_step, in_step_all
 from megatron_vopd.publish import Staging, verify_manifest
 from megatron_vopd.publish_together import (
     Progress,
@@ -103,8 +103,8 @@ def megatron_to_hf(
     """
     total_stored = sum(path.stat().st_size for path in ckpt_dir.glob("*.distcp"))
     advance = progress("checking hashes", total_stored)
-    in_step(lambda: on_rank_0(lambda: _check_hashes(ckpt_dir, advance)))
-    model = in_step(lambda: CheckpointModel(ckpt_dir, groups, text_dir, skip_objects))
+    hashed = in_step_all(lambda: _check_hashes(ckpt_dir, advance))[0]
+    model = in_step(lambda: CheckpointModel(ckpt_dir, groups, text_dir, skip_objects, hashed))
     final = DTYPES[dtype] if dtype else model.dtype
     files = plan_files(model.facts, final.itemsize, max_file_bytes)
     sizes = {file.name: _num_bytes(file, model.facts, final) for file in files}
@@ -124,9 +124,12 @@ def megatron_to_hf(
     return Summary(out_dir, num_tensors, sum(sizes.values()), num_files, dtype_name(final))
 
 
-def _check_hashes(ckpt_dir: Path, advance: Callable[[int], None]) -> None:
-    if ckpt_dir.is_dir():
-        verify_manifest(ckpt_dir, advance)
+def _check_hashes(ckpt_dir: Path, advance: Callable[[int], None]) -> frozenset[str]:
+    """Files whose sha256 is that of the manifest: all that it lists, or none without one."""
+    if dist.get_rank() != 0 or not ckpt_dir.is_dir():
+        return frozenset()
+    manifest = verify_manifest(ckpt_dir, advance)
+    return frozenset(record.name for record in manifest["files"]) if manifest else frozenset()
 
 
 def _num_bytes(file: FilePlan, facts: ModelFacts, dtype: torch.dtype) -> int:

@@ -121,7 +121,8 @@ def init_single_process() -> None:
 def in_step(action: Callable[[], T]) -> T:
     """Run `action` on every rank of the world; no rank goes on before all have succeeded.
 
-    A UserError on one rank is raised on every rank, so that none waits for one that gave up.
+    A UserError on one rank is raised on every rank, so that none waits for one that gave up; so is
+    an OSError, as a UserError.
     """
     result: list[T] = []
     in_step_all(lambda: result.append(action()))
@@ -136,6 +137,8 @@ def in_step_all(action: Callable[[], T]) -> list[T]:
         result = action()
     except UserError as caught:
         error = caught
+    except OSError as caught:
+        error = UserError(f"{caught.filename}: {caught.strerror}; check the file and its disk")
     outcomes: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(outcomes, (result, None if error is None else str(error)))
     if error is not None:

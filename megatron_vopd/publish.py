@@ -20,6 +20,7 @@ import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from megatron_vopd.types import UserError
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 _BUFFER = 2**20
+_HASH_BESIDE = 2**18
 _READ = 2**24
 _MAX_MANIFEST_BYTES = 2**28
 
@@ -97,10 +99,20 @@ class OutputFile:
         self._staging.records.append(FileRecord(self.name, self.size, self._hash.hexdigest()))
 
     def write(self, data: Any) -> int:
-        """Append bytes, or anything that exposes its bytes in one piece."""
+        """Append bytes, or anything that exposes its bytes in one piece.
+
+        Large pieces are hashed on a thread beside the write; both end before this returns.
+        """
         view = memoryview(data).cast("B")
-        self._hash.update(view)
-        self._buffer.write(view)
+        if len(view) < _HASH_BESIDE:
+            self._hash.update(view)
+            self._buffer.write(view)
+        else:
+            hashed = self._staging.helper.submit(self._hash.update, view)
+            try:
+                self._buffer.write(view)
+            finally:
+                hashed.result()
         self.size += len(view)
         return len(view)
 
@@ -114,6 +126,7 @@ class Staging:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[FileRecord] = []
+        self.helper = ThreadPoolExecutor(1)
 
     def create(self, name: str) -> OutputFile:
         """A new file below the folder; the folders of its name are made."""

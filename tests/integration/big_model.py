@@ -48,7 +48,7 @@ def write_big_model(folder: Path, num_layers: int = 13) -> Path:
             values = (
                 noise.roll(number * 7919)[:size] if size < 10**6 else noise[:size] * (1 + number)
             )
-            file.write(memoryview(values.view(torch.uint8).numpy()))
+            values.view(torch.uint8).numpy().tofile(file)
     return folder
 
 
