@@ -55,6 +55,7 @@ def write_payload(file: OutputFile, tensor: Tensor) -> tuple[int, int]:
     start = file.size
     # A storage of exactly these values: torch.save would write all of a larger one.
     torch.save(as_bytes(tensor).view(tensor.dtype).view(tensor.shape), file)  # type: ignore[arg-type]
+    file.hold(tensor)
     return start, file.size - start
 
 

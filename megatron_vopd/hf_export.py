@@ -31,7 +31,7 @@ from megatron_vopd.model_source import (
     require_same_bits,
 )
 from megatron_vopd.parallel import Groups, in_step, in_step_all
-from megatron_vopd.publish import Staging, verify_manifest
+from megatron_vopd.publish import FileRecord, HashCheck, Staging, verify_sizes
 from megatron_vopd.publish_together import (
     Progress,
     Summary,
@@ -103,7 +103,8 @@ def megatron_to_hf(
     """
     total_stored = sum(path.stat().st_size for path in ckpt_dir.glob("*.distcp"))
     advance = progress("checking hashes", total_stored)
-    hashed = in_step_all(lambda: _check_hashes(ckpt_dir, advance))[0]
+    records = in_step_all(lambda: _hashed_files(ckpt_dir))[0]
+    hashed = frozenset(record.name for record in records)
     model = in_step(lambda: CheckpointModel(ckpt_dir, groups, text_dir, skip_objects, hashed))
     final = DTYPES[dtype] if dtype else model.dtype
     files = plan_files(model.facts, final.itemsize, max_file_bytes)
@@ -112,6 +113,8 @@ def megatron_to_hf(
     my_bytes = sum(sizes[file.name] for file in mine)
     with ExitStack() as stack:
         stack.enter_context(model)
+        checked = records if dist.get_rank() == 0 else ()
+        hash_check = stack.enter_context(HashCheck(ckpt_dir, checked, advance))
         staging = begin_staging(stack, out_dir, ckpt_dir, sum(sizes.values()))
         advance = progress("writing", my_bytes)
         in_step(lambda: _write_files(staging, model, mine, final, advance))
@@ -119,17 +122,16 @@ def megatron_to_hf(
         if verify:
             advance = progress("verifying", my_bytes)
             in_step(lambda: _verify_files(staging.path, model, mine, final, advance))
+        in_step(hash_check.require)
         num_files = publish_staging(staging, out_dir, {"kind": "huggingface model"})
     num_tensors = sum(len(file.shapes(model.facts)) for file in files)
     return Summary(out_dir, num_tensors, sum(sizes.values()), num_files, dtype_name(final))
 
 
-def _check_hashes(ckpt_dir: Path, advance: Callable[[int], None]) -> frozenset[str]:
-    """Files whose sha256 is that of the manifest: all that it lists, or none without one."""
-    if dist.get_rank() != 0 or not ckpt_dir.is_dir():
-        return frozenset()
-    manifest = verify_manifest(ckpt_dir, advance)
-    return frozenset(record.name for record in manifest["files"]) if manifest else frozenset()
+def _hashed_files(ckpt_dir: Path) -> list[FileRecord]:
+    """What the checkpoint's manifest lists, sizes checked; nothing without one. On rank 0."""
+    manifest = verify_sizes(ckpt_dir) if dist.get_rank() == 0 and ckpt_dir.is_dir() else None
+    return manifest["files"] if manifest else []
 
 
 def _num_bytes(file: FilePlan, facts: ModelFacts, dtype: torch.dtype) -> int:
@@ -168,9 +170,11 @@ def _write_files(
             for unit in plan.units:
                 for name, tensor in model.unit_tensors(unit):
                     assert name == next(order)
-                    tensor = tensor.to(dtype)
-                    require_finite(tensor, f"{model.folder}: {name} as {dtype_name(dtype)}")
+                    if tensor.dtype != dtype:
+                        tensor = tensor.to(dtype)
+                        require_finite(tensor, f"{model.folder}: {name} as {dtype_name(dtype)}")
                     out.write(as_bytes(tensor).numpy())
+                    out.hold(tensor)
                     advance(tensor.nbytes)
 
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import io
 import json
 import os
 import secrets
 import shutil
 import stat
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -30,8 +29,7 @@ from megatron_vopd.types import UserError
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
-_BUFFER = 2**20
-_HASH_BESIDE = 2**18
+_LARGE = 2**18
 _READ = 2**24
 _MAX_MANIFEST_BYTES = 2**28
 
@@ -49,75 +47,90 @@ class FileRecord:
     sha256: str
 
 
-class _RawFile(io.RawIOBase):
-    """The file descriptor under the buffer: every write of a published file passes here."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-
-    def writable(self) -> bool:
-        return True
-
-    def fileno(self) -> int:
-        return self._fd
-
-    def write(self, data: Any, /) -> int:
-        with _naming(self._path):
-            return os.write(self._fd, data)
-
-    def close(self) -> None:
-        if not self.closed:
-            os.close(self._fd)
-        super().close()
-
-
 class OutputFile:
-    """A new file that hashes what is written to it; on a clean exit it is on the disk."""
+    """A new file, written and hashed by two threads beside the caller; on a clean exit on the disk.
+
+    At most one large piece is under way while the caller prepares the next one.
+    """
 
     def __init__(self, staging: Staging, name: str) -> None:
         self.name = name
         self.size = 0
         self._staging = staging
+        self._path = staging.path / name
         self._hash = hashlib.sha256()
-        self._raw = _RawFile(staging.path / name)
-        self._buffer = io.BufferedWriter(self._raw, _BUFFER)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        with _naming(self._path):
+            self._fd = os.open(self._path, flags, 0o644)
+        self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
+        self._small = bytearray()
+        self._under_way: list[Future[None]] = []
+        self._held: Any = None
+        self._lacks_owner = False
 
     def __enter__(self) -> OutputFile:
         return self
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None:
-            with contextlib.suppress(OSError, UserError):
-                self._buffer.close()
-            self._raw.close()
-            return
-        self._buffer.flush()
-        with _naming(self._staging.path / self.name):
-            os.fsync(self._raw.fileno())
-        self._buffer.close()
-        self._staging.records.append(FileRecord(self.name, self.size, self._hash.hexdigest()))
+        try:
+            if kind is None:
+                self._submit_small()
+                self._settle()
+                with _naming(self._path):
+                    os.fsync(self._fd)
+        finally:
+            for thread in self._threads:
+                thread.shutdown(cancel_futures=True)
+            os.close(self._fd)
+        if kind is None:
+            record = FileRecord(self.name, self.size, self._hash.hexdigest())
+            self._staging.records.append(record)
 
     def write(self, data: Any) -> int:
-        """Append bytes, or anything that exposes its bytes in one piece.
-
-        Large pieces are hashed on a thread beside the write; both end before this returns.
-        """
+        """Append bytes, or anything that exposes its bytes in one piece and does not change."""
         view = memoryview(data).cast("B")
-        if len(view) < _HASH_BESIDE:
-            self._hash.update(view)
-            self._buffer.write(view)
-        else:
-            hashed = self._staging.helper.submit(self._hash.update, view)
-            try:
-                self._buffer.write(view)
-            finally:
-                hashed.result()
         self.size += len(view)
+        if len(view) < _LARGE:
+            self._small += view
+            if len(self._small) >= _LARGE:
+                self._submit_small()
+        else:
+            self._settle()
+            self._submit_small()
+            self._submit(view)
+            self._lacks_owner = True
         return len(view)
+
+    def hold(self, owner: Any) -> None:
+        """Keep the owner of what was just written alive until that has left its memory."""
+        if self._lacks_owner:
+            self._held, self._lacks_owner = owner, False
 
     def flush(self) -> None:
         """Nothing: the exit flushes. Writers of archives call it after each one."""
+
+    def _submit_small(self) -> None:
+        if self._small:
+            self._submit(memoryview(bytes(self._small)))
+            self._small.clear()
+
+    def _submit(self, view: memoryview) -> None:
+        writing, hashing = self._threads
+        self._under_way.append(writing.submit(self._write_all, view))
+        self._under_way.append(hashing.submit(self._hash.update, view))
+
+    def _settle(self) -> None:
+        """Wait for what is under way; raise what went wrong with it."""
+        under_way, self._under_way = self._under_way, []
+        wait(under_way)
+        self._held = None
+        for future in under_way:
+            future.result()
+
+    def _write_all(self, view: memoryview) -> None:
+        while view:
+            with _naming(self._path):
+                view = view[os.write(self._fd, view) :]
 
 
 class Staging:
@@ -126,7 +139,6 @@ class Staging:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.records: list[FileRecord] = []
-        self.helper = ThreadPoolExecutor(1)
 
     def create(self, name: str) -> OutputFile:
         """A new file below the folder; the folders of its name are made."""
@@ -263,19 +275,63 @@ def verify_manifest(
     Raises:
         PublishError: the first file that is missing, a link, or not what was written.
     """
+    manifest = verify_sizes(folder)
+    if manifest:
+        verify_hashes(folder, manifest["files"], advance)
+    return manifest
+
+
+def verify_sizes(folder: Path) -> dict[str, Any] | None:
+    """The quick half of `verify_manifest`: every listed file is there and has its size."""
     manifest = read_manifest(folder)
     for record in manifest["files"] if manifest else []:
         path = folder / record.name
-        if not path.is_file() or path.is_symlink():
+        size = regular_size(path)
+        if size is None:
             raise PublishError(f"{path}: missing, but listed in {MANIFEST_NAME}; restore it")
-        if path.stat().st_size != record.size:
+        if size != record.size:
             raise PublishError(
-                f"{path}: {path.stat().st_size:,} bytes, {MANIFEST_NAME} says {record.size:,}; "
-                "restore it"
+                f"{path}: {size:,} bytes, {MANIFEST_NAME} says {record.size:,}; restore it"
             )
+    return manifest
+
+
+def verify_hashes(
+    folder: Path, records: Sequence[FileRecord], advance: Callable[[int], None] = lambda _: None
+) -> None:
+    """The thorough half: every listed file has its sha256."""
+    for record in records:
+        path = folder / record.name
         if file_sha256(path, advance) != record.sha256:
             raise PublishError(f"{path}: content is not what {MANIFEST_NAME} says; restore it")
-    return manifest
+
+
+class HashCheck:
+    """`verify_hashes` on a thread beside other work. A context manager; leaving it stops it."""
+
+    def __init__(
+        self, folder: Path, records: Sequence[FileRecord], advance: Callable[[int], None]
+    ) -> None:
+        self._stopped = False
+        self._advance = advance
+        self._thread = ThreadPoolExecutor(1)
+        self._result = self._thread.submit(verify_hashes, folder, records, self._count)
+
+    def __enter__(self) -> HashCheck:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._stopped = True
+        self._thread.shutdown()
+
+    def _count(self, done: int) -> None:
+        if self._stopped:
+            raise InterruptedError
+        self._advance(done)
+
+    def require(self) -> None:
+        """Wait for the end; raise PublishError for a file that is not what was written."""
+        self._result.result()
 
 
 def file_sha256(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:

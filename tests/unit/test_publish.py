@@ -115,3 +115,21 @@ def test_help_has_examples(tool: str, capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert end.value.code == 0
     assert f"python tools/{tool}.py" in text.split("examples:")[1]
+
+
+def test_a_large_piece_outlives_the_small_ones_after_it(tmp_path: Path) -> None:
+    """Small pieces do not end the hold on a large one that is still being written."""
+    held: list[int] = []
+
+    class Owner:
+        def __del__(self) -> None:
+            held.append(len(os.listdir(tmp_path)))
+
+    with staging_folder(tmp_path / "out") as staging, staging.create("a") as file:
+        file.write(bytes(2**20))
+        file.hold(Owner())
+        file.write(b"small")
+        file.hold("owner of the small piece")
+        assert not held
+        file.write(bytes(2**20))
+        assert len(held) == 1
