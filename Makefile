@@ -3,12 +3,13 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+ENGINE := $(VENV)/.engine
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 export OMP_NUM_THREADS ?= 1
 export GLOO_SOCKET_IFNAME ?= lo
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install test test-all lint format bench clean
+.PHONY: help install engine test test-all lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,10 +24,17 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 
 install: $(INSTALLED)  ## make .venv and build the extension
 
+# vLLM for CPU, without the CUDA builds that it declares.
+$(ENGINE): $(INSTALLED) tools/install_engine.py
+	$(BIN)/python tools/install_engine.py
+	touch $@
+
+engine: $(ENGINE)  ## vLLM for CPU, into .venv
+
 test: lint  ## everything but the slow tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: lint  ## the slow tests too
+test-all: lint $(ENGINE)  ## the slow tests too, with vLLM
 	$(BIN)/python -m pytest -m "not gpu"
 
 lint: $(INSTALLED)  ## ruff, pyright, clang-format
@@ -45,4 +53,4 @@ bench: $(INSTALLED)  ## time the operator against copies, eager torch and torch.
 
 clean:  ## remove what was built; keeps .venv
 	rm -rf build *.egg-info megatron_vopd/_C*.so .pytest_cache .ruff_cache
-	rm -f $(INSTALLED)
+	rm -f $(INSTALLED) $(ENGINE)

@@ -75,7 +75,7 @@ def _read(path: str, where: str) -> ModelFolder:
         facts=facts,
         context=_context(config),
         eos_ids=_eos_ids(path, config),
-        vocabulary=_vocabulary(os.path.join(path, "tokenizer.json")),
+        vocabulary=tokenizer_vocabulary(os.path.join(path, "tokenizer.json")),
         chat_template=_chat_template(path),
         code_files=_code_files(path, config),
     )
@@ -142,7 +142,7 @@ def _eos_ids(path: str, config: dict[str, Any]) -> frozenset[int]:
     return frozenset(listed)
 
 
-def _vocabulary(tokenizer_path: str) -> dict[str, int] | None:
+def tokenizer_vocabulary(tokenizer_path: str) -> dict[str, int] | None:
     """Token -> id, added tokens included; None where there is no tokenizer.json."""
     if not os.path.isfile(tokenizer_path):
         return None

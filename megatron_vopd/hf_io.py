@@ -8,7 +8,6 @@ time. The same iterator feeds checkpoints in HF format and the weight push to th
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -29,7 +28,9 @@ from megatron_vopd.hf_mapping import (
     shard_parameters,
 )
 from megatron_vopd.model_facts import ModelError, ModelFacts, facts_from_config
+from megatron_vopd.model_files import is_plain_name, model_file, read_json
 from megatron_vopd.parallel import Groups, all_gather_shards, broadcast_from_position
+from megatron_vopd.problems import shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
@@ -41,6 +42,7 @@ def read_config(model_dir: str | Path) -> tuple[Any, ModelFacts]:
     Raises:
         ModelError: no readable config, or an unsupported model.
     """
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import AutoConfig
 
     path = Path(model_dir) / "config.json"
@@ -49,8 +51,8 @@ def read_config(model_dir: str | Path) -> tuple[Any, ModelFacts]:
     read_facts(str(path))  # names what is wrong with a config that transformers would stumble over
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError) as error:
-        reason = str(error).strip().partition("\n")[0]
+    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+        reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ModelError(f"{path}: refused by transformers: {reason}") from error
     return config, facts_from_config(config.to_dict(), str(path))
 
@@ -74,15 +76,13 @@ class SafetensorsFolder:
         """Tensor name -> file name, from the index or from the only file."""
         index_path = self._dir / INDEX_NAME
         if index_path.is_file():
-            try:
-                weight_map = json.loads(index_path.read_text())["weight_map"]
-                names = dict(weight_map)
-            except (ValueError, KeyError, TypeError) as error:
-                raise ModelError(f"{index_path}: no readable weight_map ({error!r})") from error
+            names = read_json(model_file(self._dir, INDEX_NAME)).get("weight_map")
+            if not isinstance(names, dict):
+                raise ModelError(f"{index_path}: no readable weight_map; copy the file again")
             for tensor_name, file_name in names.items():
-                if not isinstance(file_name, str) or Path(file_name).name != file_name:
+                if not is_plain_name(file_name):
                     raise ModelError(
-                        f"{index_path}: {tensor_name} points to {file_name!r}; "
+                        f"{index_path}: {shown(tensor_name)} points to {shown(file_name)}; "
                         "expected the name of a file in the same folder"
                     )
             return names
@@ -95,7 +95,7 @@ class SafetensorsFolder:
 
     def _open(self, file_name: str) -> Any:
         if file_name not in self._files:
-            path = self._dir / file_name
+            path = model_file(self._dir, file_name)
             try:
                 opened = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
@@ -129,12 +129,27 @@ class SafetensorsFolder:
                     f"{self._dir / self.file_of[name]}: {name} has shape {shape}; "
                     f"config.json asks for {expected_shape}"
                 )
-        for name in self.file_of.keys() - expected.keys() - derived:
+        for name in sorted(self.file_of.keys() - expected.keys() - derived):
             if not name.endswith("rotary_emb.inv_freq"):
                 raise ModelError(
-                    f"{self._dir / self.file_of[name]}: unexpected tensor {name}; "
+                    f"{self._dir / self.file_of[name]}: unexpected tensor {shown(name)}; "
                     "config.json describes no such weight"
                 )
+        for file_name in sorted(set(self.file_of.values())):
+            for name in self._open(file_name).keys():  # noqa: SIM118 (not a dict)
+                if self.file_of.get(name) != file_name:
+                    raise ModelError(
+                        f"{self._dir / file_name}: {shown(name)} is in this file too, which "
+                        f"{INDEX_NAME} does not say; one of the two is stale"
+                    )
+
+    def path_of(self, name: str) -> Path:
+        """The file that holds a tensor, for messages."""
+        return self._dir / self.file_of[name]
+
+    def dtype_of(self, name: str) -> str:
+        """A tensor's type as safetensors writes it: F32, BF16, ..."""
+        return self.slices(name).get_dtype()
 
 
 @torch.no_grad()
@@ -165,10 +180,12 @@ def load_weights(
         for name, parameter in parameters.items():
             plan = plans[name]
             assert plan.shape == tuple(parameter.shape), (name, plan.shape, parameter.shape)
-            _fill(parameter, plan, folder)
+            fill_parameter(parameter, plan, folder)
 
 
-def _fill(parameter: Tensor, plan: ShardPlan, folder: SafetensorsFolder) -> None:
+@torch.no_grad()
+def fill_parameter(parameter: Tensor, plan: ShardPlan, folder: SafetensorsFolder) -> None:
+    """Fill one local parameter from the slices that its plan names."""
     if sum(_numel(piece.target, plan.shape) for piece in plan.pieces) < parameter.numel():
         parameter.zero_()
     for piece in plan.pieces:

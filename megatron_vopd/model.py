@@ -140,7 +140,9 @@ def rope_frequencies(hf_config: Any) -> Tensor:
     """Inverse rotary frequencies [head_dim / 2] fp32, as transformers computes them."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    rope = LlamaRotaryEmbedding(config=hf_config)
+    # Real numbers also where the model is built on the meta device, for its shapes only.
+    with torch.device("cpu"):
+        rope = LlamaRotaryEmbedding(config=hf_config)
     if rope.attention_scaling != 1.0:
         kind = hf_config.rope_parameters["rope_type"]
         raise ModelError(

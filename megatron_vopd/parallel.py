@@ -12,18 +12,20 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from megatron_vopd import cpu_runtime
-from megatron_vopd.types import Coordinates, Layout, LayoutError
+from megatron_vopd.types import Coordinates, Layout, LayoutError, UserError
 
 if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
+
+T = TypeVar("T")
 
 # Every group that megatron-core's models, schedules, gradient reduction and checkpoints ask for,
 # with the axes along which its members differ. `edp` is the data parallelism of the experts.
@@ -105,6 +107,45 @@ def init_world(device: str, timeout_seconds: float = 600.0) -> None:
     if not dist.is_initialized():
         backend = "gloo" if device == "cpu" else "nccl"
         dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+
+
+def init_single_process() -> None:
+    """A world of this one process on the CPU, where torchrun has not made one."""
+    cpu_runtime.activate()
+    if not dist.is_initialized():
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def in_step(action: Callable[[], T]) -> T:
+    """Run `action` on every rank of the world; no rank goes on before all have succeeded.
+
+    A UserError on one rank is raised on every rank, so that none waits for one that gave up; so is
+    an OSError, as a UserError.
+    """
+    result: list[T] = []
+    in_step_all(lambda: result.append(action()))
+    return result[0]
+
+
+def in_step_all(action: Callable[[], T]) -> list[T]:
+    """`in_step`, returning the results of all ranks in rank order; they travel pickled."""
+    error: UserError | None = None
+    result: T | None = None
+    try:
+        result = action()
+    except UserError as caught:
+        error = caught
+    except OSError as caught:
+        error = UserError(f"{caught.filename}: {caught.strerror}; check the file and its disk")
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, None if error is None else str(error)))
+    if error is not None:
+        raise error
+    for _, message in outcomes:
+        if message is not None:
+            raise UserError(message)
+    return [value for value, _ in outcomes]
 
 
 def member_ranks(layout: Layout, axes: Iterable[str], expert: bool = False) -> list[list[int]]:

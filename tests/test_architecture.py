@@ -17,10 +17,11 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_SECTION_FIELDS = 400, 60, 15
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("types", "problems", "config"),
     ("model_facts", "hf_folder", "preflight", "ops", "objectives"),
+    ("publish", "model_files", "inert_pickle", "checkpoint_values", "checkpoint_format"),
     ("cpu_runtime", "parallel", "vocab_parallel"),
-    ("attention", "hf_mapping", "model", "hf_io"),
-    (),
-    ("cli",),
+    ("attention", "hf_mapping", "model", "hf_io", "checkpoint", "publish_together"),
+    ("model_source", "checkpoint_model", "hf_import", "hf_export", "conversion_check"),
+    ("cli", "tool_cli"),
 )
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 
@@ -38,7 +39,7 @@ FENCES: dict[str, set[str]] = {
     },
     "megatron.training": set(),
     "vllm": {"rollout"},
-    "transformers": {"data", "hf_io", "model"},
+    "transformers": {"data", "hf_io", "model", "conversion_check"},
 }
 COLLECTIVE_MODULES = {
     "vocab_parallel",

@@ -1,0 +1,140 @@
+"""A checkpoint's weights under their HF names, without building the model.
+
+The model is built on the meta device, which gives its parameters' places in the checkpoint
+(`sharded_state_dict`) without their values; each parameter is then read when its turn comes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_vopd.checkpoint import (
+    CheckpointReader,
+    Entry,
+    entries,
+    read_state,
+    shards,
+    with_values,
+)
+from megatron_vopd.checkpoint_format import DTYPES
+from megatron_vopd.checkpoint_values import CheckpointError
+from megatron_vopd.hf_mapping import Unit, hf_shape, shard_parameters
+from megatron_vopd.model import ModelOptions, build_model
+from megatron_vopd.model_facts import ModelFacts
+from megatron_vopd.model_source import read_text_part, require_finite
+from megatron_vopd.parallel import Groups
+
+HF_DIR = "hf"
+
+
+def meta_entries(
+    hf_config: Any, facts: ModelFacts, groups: Groups, dtype: torch.dtype
+) -> dict[str, Entry]:
+    """This rank's places in the checkpoint by parameter name; no values are allocated."""
+    sequence_parallel = facts.is_moe and groups.layout.tp > 1
+    options = ModelOptions(dtype=dtype, sequence_parallel=sequence_parallel)
+    with torch.device("meta"):
+        model = build_model(hf_config, facts, groups, options)
+        return entries(model.sharded_state_dict())
+
+
+def read_entry(entry: Entry, reader: CheckpointReader, like: Tensor) -> Tensor:
+    """The local parameter of one entry, read from the checkpoint."""
+    values = torch.empty_like(like)
+    for shard in with_values(entry, values):
+        reader.fill(shard)
+    return values
+
+
+class CheckpointModel:
+    """A checkpoint's weights by their HF names, unit by unit. A context manager.
+
+    Args:
+        text_dir: folder of config and tokenizer; None: the one that the checkpoint carries.
+        skip_objects: leave what a stock checkpoint pickles unread, instead of refusing it.
+        hashed: files whose sha256 was just verified.
+    """
+
+    def __init__(
+        self,
+        ckpt_dir: Path,
+        groups: Groups,
+        text_dir: Path | None = None,
+        skip_objects: bool = False,
+        hashed: Collection[str] = (),
+    ) -> None:
+        self.folder = ckpt_dir
+        if not ckpt_dir.is_dir():
+            raise CheckpointError(f"{ckpt_dir}: no such folder; give a checkpoint folder")
+        self._reader = CheckpointReader(ckpt_dir, skip_objects, hashed)
+        self.text_dir = text_dir or ckpt_dir / HF_DIR
+        if not self.text_dir.is_dir():
+            raise CheckpointError(
+                f"{self.text_dir}: not found; give the model's config and tokenizer with "
+                "--hf-config"
+            )
+        self.hf_config, self.facts, self.carried = read_text_part(self.text_dir)
+        self._check_state(read_state(ckpt_dir))
+        embedding = self._reader.tensors.get("embedding.word_embeddings.weight")
+        self.dtype = DTYPES.get(embedding.dtype if embedding else "float32", torch.float32)
+        assert groups.layout.tp == groups.layout.pp == groups.layout.ep == 1
+        self.entries = meta_entries(self.hf_config, self.facts, groups, self.dtype)
+        wanted = [shard for entry in self.entries.values() for shard in shards(entry)]
+        keys = self._reader.require(wanted)
+        self._reader.require_only(keys, ignored=("optimizer.",))
+        self._check_vocabulary()
+        self._plans = shard_parameters(self.facts, groups.layout, groups.coordinates, "local")
+        self._layout = groups.layout
+
+    def __enter__(self) -> CheckpointModel:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._reader.__exit__(*error)
+
+    def _check_state(self, state: dict[str, Any]) -> None:
+        """Weights of ours know the model that they belong to."""
+        for key, value in (state.get("model") or {}).items():
+            if getattr(self.facts, key, None) != value:
+                raise CheckpointError(
+                    f"{self.text_dir / 'config.json'}: {key}={getattr(self.facts, key, None)}, but "
+                    f"the checkpoint was written with {value}; restore the config"
+                )
+
+    def _check_vocabulary(self) -> None:
+        for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
+            stored = self._reader.tensors.get(key)
+            if stored and stored.shape[0] < self.facts.vocab_size:
+                raise CheckpointError(
+                    f"{self.folder / '.metadata'}: {key} has {stored.shape[0]} rows; config.json "
+                    f"asks for vocab_size {self.facts.vocab_size}"
+                )
+
+    def parameter(self, name: str) -> Tensor:
+        """One parameter of the uncut model, read into memory."""
+        like = torch.empty(self._plans[name].shape, dtype=self.dtype, device="meta")
+        return read_entry(self.entries[name], self._reader, torch.empty_like(like, device="cpu"))
+
+    def unit_tensors(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
+        """HF tensors of one unit in HF's order, as views of the parameter where that has them."""
+        parts: dict[str, list[tuple[Any, Tensor]]] = {name: [] for name in unit.hf_names()}
+        for rule in unit.rules:
+            parameter = self.parameter(unit.megatron_name(rule, "local", self.facts, self._layout))
+            for piece in unit.plan(rule, self.facts, 0, 1).pieces:
+                parts[piece.name].append((piece, parameter))
+        for name, pieces in parts.items():
+            shape = hf_shape(name, self.facts)
+            piece, parameter = pieces[0]
+            if len(pieces) == 1 and parameter[piece.target].shape == shape:
+                tensor = parameter[piece.target]
+            else:
+                tensor = parameter.new_empty(shape)
+                for piece, parameter in pieces:
+                    tensor[piece.source] = parameter[piece.target]
+            require_finite(tensor, f"{self.folder}: {name}")
+            yield name, tensor

@@ -1,0 +1,212 @@
+"""Megatron checkpoint -> HuggingFace folder: safetensors written in one pass, file by file.
+
+The format is a length, a JSON header with every tensor's type, shape and place, then the values.
+All of that is known before the first value is, so a file is written tensor by tensor and no more
+than one unit of the mapping is ever in memory. Under torchrun the ranks share the files out.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from megatron_vopd.checkpoint import dtype_name
+from megatron_vopd.checkpoint_format import DTYPES
+from megatron_vopd.checkpoint_model import CheckpointModel
+from megatron_vopd.checkpoint_values import as_bytes
+from megatron_vopd.hf_io import INDEX_NAME, SINGLE_NAME, SafetensorsFolder
+from megatron_vopd.hf_mapping import Unit, hf_shape, model_units
+from megatron_vopd.model_facts import ModelFacts
+from megatron_vopd.model_source import (
+    ModelSource,
+    carried_content,
+    require_finite,
+    require_same_bits,
+)
+from megatron_vopd.parallel import Groups, in_step, in_step_all
+from megatron_vopd.publish import FileRecord, HashCheck, Staging, verify_sizes
+from megatron_vopd.publish_together import (
+    Progress,
+    Summary,
+    begin_staging,
+    no_progress,
+    on_rank_0,
+    publish_staging,
+)
+
+MAX_FILE_BYTES = 5 * 10**9
+_DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One safetensors file: its name and the units whose tensors it holds."""
+
+    name: str
+    units: tuple[Unit, ...]
+
+    def shapes(self, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+        names = [name for unit in self.units for name in unit.hf_names()]
+        return {name: hf_shape(name, facts) for name in names}
+
+
+def plan_files(facts: ModelFacts, item_size: int, max_bytes: int) -> list[FilePlan]:
+    """Cut the model, in HF's order, into files of at most `max_bytes` (a unit is never cut)."""
+    groups: list[list[Unit]] = [[]]
+    filled = 0
+    for unit in model_units(facts):
+        size = sum(math.prod(hf_shape(name, facts)) for name in unit.hf_names()) * item_size
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(unit)
+        filled += size
+    if len(groups) == 1:
+        return [FilePlan(SINGLE_NAME, tuple(groups[0]))]
+    total = len(groups)
+    return [
+        FilePlan(f"model-{number:05d}-of-{total:05d}.safetensors", tuple(units))
+        for number, units in enumerate(groups, 1)
+    ]
+
+
+@torch.no_grad()
+def megatron_to_hf(
+    ckpt_dir: Path,
+    out_dir: Path,
+    groups: Groups,
+    dtype: str | None = None,
+    verify: bool = False,
+    max_file_bytes: int = MAX_FILE_BYTES,
+    text_dir: Path | None = None,
+    skip_objects: bool = False,
+    progress: Progress = no_progress,
+) -> Summary:
+    """Write `out_dir`, a HuggingFace folder. Every rank of the world calls this.
+
+    Args:
+        groups: of an uncut layout (tp, pp and ep 1).
+        dtype: "float32" or "bfloat16"; None keeps the stored type.
+        verify: read everything back and compare bit by bit before the folder becomes visible.
+        text_dir: config and tokenizer, for a checkpoint that carries none.
+        skip_objects: leave pickled objects of the checkpoint unread instead of refusing it.
+
+    Raises:
+        UserError: one line; no folder is left.
+    """
+    total_stored = sum(path.stat().st_size for path in ckpt_dir.glob("*.distcp"))
+    advance = progress("checking hashes", total_stored)
+    records = in_step_all(lambda: _hashed_files(ckpt_dir))[0]
+    hashed = frozenset(record.name for record in records)
+    model = in_step(lambda: CheckpointModel(ckpt_dir, groups, text_dir, skip_objects, hashed))
+    final = DTYPES[dtype] if dtype else model.dtype
+    files = plan_files(model.facts, final.itemsize, max_file_bytes)
+    sizes = {file.name: _num_bytes(file, model.facts, final) for file in files}
+    mine = files[dist.get_rank() :: dist.get_world_size()]
+    my_bytes = sum(sizes[file.name] for file in mine)
+    with ExitStack() as stack:
+        stack.enter_context(model)
+        checked = records if dist.get_rank() == 0 else ()
+        hash_check = stack.enter_context(HashCheck(ckpt_dir, checked, advance))
+        staging = begin_staging(stack, out_dir, ckpt_dir, sum(sizes.values()))
+        advance = progress("writing", my_bytes)
+        in_step(lambda: _write_files(staging, model, mine, final, advance))
+        in_step(lambda: on_rank_0(lambda: _finish_folder(staging, model, files, final, dtype)))
+        if verify:
+            advance = progress("verifying", my_bytes)
+            in_step(lambda: _verify_files(staging.path, model, mine, final, advance))
+        in_step(hash_check.require)
+        num_files = publish_staging(staging, out_dir, {"kind": "huggingface model"})
+    num_tensors = sum(len(file.shapes(model.facts)) for file in files)
+    return Summary(out_dir, num_tensors, sum(sizes.values()), num_files, dtype_name(final))
+
+
+def _hashed_files(ckpt_dir: Path) -> list[FileRecord]:
+    """What the checkpoint's manifest lists, sizes checked; nothing without one. On rank 0."""
+    manifest = verify_sizes(ckpt_dir) if dist.get_rank() == 0 and ckpt_dir.is_dir() else None
+    return manifest["files"] if manifest else []
+
+
+def _num_bytes(file: FilePlan, facts: ModelFacts, dtype: torch.dtype) -> int:
+    return sum(math.prod(shape) for shape in file.shapes(facts).values()) * dtype.itemsize
+
+
+def header_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """Length and header of a safetensors file whose tensors follow in this order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPE_CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _write_files(
+    staging: Staging,
+    model: CheckpointModel,
+    files: list[FilePlan],
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
+) -> None:
+    for plan in files:
+        shapes = plan.shapes(model.facts)
+        with staging.create(plan.name) as out:
+            out.write(header_bytes(shapes, dtype))
+            order = iter(shapes)
+            for unit in plan.units:
+                for name, tensor in model.unit_tensors(unit):
+                    assert name == next(order)
+                    if tensor.dtype != dtype:
+                        tensor = tensor.to(dtype)
+                        require_finite(tensor, f"{model.folder}: {name} as {dtype_name(dtype)}")
+                    out.write(as_bytes(tensor).numpy())
+                    out.hold(tensor)
+                    advance(tensor.nbytes)
+
+
+def _finish_folder(
+    staging: Staging,
+    model: CheckpointModel,
+    files: list[FilePlan],
+    final: torch.dtype,
+    dtype: str | None,
+) -> None:
+    """Index where there are several files, config, tokenizer, generation config."""
+    if len(files) > 1:
+        placed = {name: file.name for file in files for name in file.shapes(model.facts)}
+        total = sum(_num_bytes(file, model.facts, final) for file in files)
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        staging.write(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode("ascii"))
+    text = ModelSource(model.text_dir, model.hf_config, model.facts, model.carried, final)
+    for name in model.carried:
+        staging.write(name, carried_content(text, name, dtype))
+
+
+def _verify_files(
+    folder: Path,
+    model: CheckpointModel,
+    files: list[FilePlan],
+    dtype: torch.dtype,
+    advance: Callable[[int], None],
+) -> None:
+    with SafetensorsFolder(folder) as written:
+        for plan in files:
+            for unit in plan.units:
+                for name, tensor in model.unit_tensors(unit):
+                    got = written.slices(name)[:]
+                    require_same_bits(tensor.to(dtype), got, f"{folder / plan.name}: {name}")
+                    advance(got.nbytes)
