@@ -30,7 +30,7 @@ from megatron_vopd.types import UserError
 MANIFEST_NAME = "manifest.json"
 FORMAT = 1
 _LARGE = 2**18
-_READ = 2**24
+_READ = 2**20
 _MAX_MANIFEST_BYTES = 2**28
 
 
@@ -336,10 +336,12 @@ class HashCheck:
 
 def file_sha256(path: Path, advance: Callable[[int], None] = lambda _: None) -> str:
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(_READ):
-            digest.update(block)
-            advance(len(block))
+    # One buffer for the whole file: fresh memory for each block would cost more than the hash.
+    block = memoryview(bytearray(_READ))
+    with open(path, "rb", buffering=0) as file:
+        while size := file.readinto(block):
+            digest.update(block[:size])
+            advance(size)
     return digest.hexdigest()
 
 
