@@ -19,7 +19,7 @@ TOOLS = Path(__file__).parents[2] / "tools"
 REPEATS = 5
 # Twice the largest tensor and 200 MiB, of which the interpreter with torch takes most.
 LIMIT_MIB = 2 * LARGEST_TENSOR_BYTES / 2**20 + 200
-# A guard against getting slower. The aim is 3 times copying, and it is not met yet: 4.3 and 6.6 were
+# A guard against getting slower. The aim of 3 times copying is not met yet: 4.3 and 6.6 were
 # measured on shared cores.
 LARGEST_RATIO = 8.0
 
