@@ -13,6 +13,7 @@ Sizes: ``tp pp cp ep dp`` are the tensor-, pipeline-, context-, expert- and data
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 class UserError(ValueError):
@@ -101,3 +102,44 @@ class Layout:
             f"{name} {size}" for name, size in sizes.items() if size > 1 or name in "tp pp"
         )
         return f"{cut} x dp {self.dp}"
+
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt of the data, tokenized.
+
+    Attributes:
+        prompt_id: stable over the run: source and position of its record.
+        ids: token ids, chat template applied.
+        answer: reference answer of the record; None: none.
+        teacher: key of the teacher that scores it (`teacher`, or `teachers.<name>`).
+    """
+
+    prompt_id: str
+    ids: tuple[int, ...]
+    answer: str | None = None
+    teacher: str = "teacher"
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled (or given) response to a prompt.
+
+    Attributes:
+        sample: 0 <= sample < samples per prompt.
+        response_ids: without the prompt; a final end-of-sequence id is part of it, and trained.
+        rollout_logprobs: log mu of each response id under the distribution actually sampled
+            (temperature and nucleus applied), nats; None: not sampled by an engine.
+        finish_reason: stop (an end-of-sequence id was sampled) or length.
+        policy_version: of the weights it was sampled from; -1: not from the student.
+    """
+
+    prompt: Prompt
+    sample: int
+    response_ids: tuple[int, ...]
+    rollout_logprobs: tuple[float, ...] | None
+    finish_reason: FinishReason
+    policy_version: int

@@ -20,8 +20,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("publish", "model_files", "inert_pickle", "checkpoint_values", "checkpoint_format"),
     ("cpu_runtime", "parallel", "vocab_parallel"),
     ("attention", "hf_mapping", "model", "hf_io", "checkpoint", "publish_together"),
+    ("rollout", "packing", "data", "curriculum", "metrics", "grading"),
     ("model_source", "checkpoint_model", "hf_import", "hf_export", "conversion_check"),
-    ("cli", "tool_cli"),
+    ("forward", "teacher", "weight_sync", "evaluation"),
+    ("trainer",),
+    ("train", "cli", "tool_cli"),
 )
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS) for module in modules}
 

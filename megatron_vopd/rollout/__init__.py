@@ -1,0 +1,1 @@
+"""Where on-policy samples come from: one small protocol, several engines."""
