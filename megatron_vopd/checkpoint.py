@@ -51,6 +51,7 @@ STATE_NAME = "common.json"
 STATE_FORMAT = 1
 
 Entry = ShardedTensor | ShardedTensorFactory
+Slices = tuple[slice, ...]
 # Key, type, global shape, place: what rank 0 needs to know of a chunk that some rank wrote.
 Written = tuple[str, str, tuple[int, ...], Chunk]
 
@@ -85,6 +86,12 @@ def with_values(entry: Entry, values: Tensor) -> list[ShardedTensor]:
 def shards(entry: Entry) -> list[ShardedTensor]:
     """The shards of one entry, as views of the data it has (which may be on the meta device)."""
     return with_values(entry, entry.data)  # type: ignore[arg-type]
+
+
+def is_same_place(first: Tensor | None, second: Tensor) -> bool:
+    """Whether two views of one local tensor (which may be on the meta device) are the same part."""
+    assert first is not None
+    return (first.storage_offset(), first.shape) == (second.storage_offset(), second.shape)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -220,6 +227,18 @@ class CheckpointReader:
                     "config describes no such weight"
                 )
 
+    def mapped(self, shard: ShardedTensor) -> Tensor | None:
+        """The shard's values straight from the file, where one chunk holds just them; else None."""
+        stored = self.tensors[shard.key]
+        sizes = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
+        for chunk in stored.chunks:
+            if (chunk.offsets, chunk.sizes) == (tuple(shard.global_offset), sizes):
+                dtype = getattr(torch, stored.dtype)
+                values = self._values.values(shard.key, stored.dtype, chunk)
+                is_aligned = values.data_ptr() % dtype.itemsize == 0
+                return values.view(dtype).view(tuple(shard.local_shape)) if is_aligned else None
+        return None
+
     @torch.no_grad()
     def fill(self, shard: ShardedTensor) -> None:
         """Copy the shard's values into its data, which must lie in one piece.
@@ -240,9 +259,6 @@ class CheckpointReader:
             source = self._values.values(shard.key, stored.dtype, chunk)
             here, there = (_bytes_of(part, item_size) for part in common)
             target[here].copy_(source[there])
-
-
-Slices = tuple[slice, ...]
 
 
 def _overlap(

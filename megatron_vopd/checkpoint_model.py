@@ -17,13 +17,14 @@ from megatron_vopd.checkpoint import (
     CheckpointReader,
     Entry,
     entries,
+    is_same_place,
     read_state,
     shards,
     with_values,
 )
 from megatron_vopd.checkpoint_format import DTYPES
 from megatron_vopd.checkpoint_values import CheckpointError
-from megatron_vopd.hf_mapping import Unit, hf_shape, shard_parameters
+from megatron_vopd.hf_mapping import Piece, Unit, hf_shape, shard_parameters
 from megatron_vopd.model import ModelOptions, build_model
 from megatron_vopd.model_facts import ModelFacts
 from megatron_vopd.model_source import read_text_part, require_finite
@@ -115,26 +116,58 @@ class CheckpointModel:
                     f"asks for vocab_size {self.facts.vocab_size}"
                 )
 
+    def _like(self, name: str) -> Tensor:
+        return torch.empty(self._plans[name].shape, dtype=self.dtype, device="meta")
+
+    def _mapped(self, name: str, like: Tensor, part: Tensor) -> Tensor | None:
+        """A part of parameter `name` straight from the file, where that has it in one piece.
+
+        Args:
+            like: the parameter's shape and type, on the meta device.
+            part: a view of `like`.
+        """
+        for shard in with_values(self.entries[name], like):
+            if is_same_place(shard.data, part):
+                return self._reader.mapped(shard)
+        return None
+
     def parameter(self, name: str) -> Tensor:
-        """One parameter of the uncut model, read into memory."""
-        like = torch.empty(self._plans[name].shape, dtype=self.dtype, device="meta")
+        """One parameter of the uncut model; not to be written to (it may be the file itself)."""
+        like = self._like(name)
+        values = self._mapped(name, like, like)
+        if values is not None:
+            return values
         return read_entry(self.entries[name], self._reader, torch.empty_like(like, device="cpu"))
 
     def unit_tensors(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
-        """HF tensors of one unit in HF's order, as views of the parameter where that has them."""
-        parts: dict[str, list[tuple[Any, Tensor]]] = {name: [] for name in unit.hf_names()}
+        """HF tensors of one unit in HF's order; not to be written to (they may be the file)."""
+        parts: dict[str, list[tuple[Piece, str]]] = {name: [] for name in unit.hf_names()}
         for rule in unit.rules:
-            parameter = self.parameter(unit.megatron_name(rule, "local", self.facts, self._layout))
+            parameter_name = unit.megatron_name(rule, "local", self.facts, self._layout)
             for piece in unit.plan(rule, self.facts, 0, 1).pieces:
-                parts[piece.name].append((piece, parameter))
+                parts[piece.name].append((piece, parameter_name))
+        parameters: dict[str, Tensor] = {}
         for name, pieces in parts.items():
             shape = hf_shape(name, self.facts)
-            piece, parameter = pieces[0]
-            if len(pieces) == 1 and parameter[piece.target].shape == shape:
-                tensor = parameter[piece.target]
-            else:
-                tensor = parameter.new_empty(shape)
-                for piece, parameter in pieces:
-                    tensor[piece.source] = parameter[piece.target]
+            piece, parameter_name = pieces[0]
+            part = (like := self._like(parameter_name))[piece.target]
+            tensor = self._mapped(parameter_name, like, part) if part.shape == shape else None
+            if tensor is None:
+                if parameter_name not in parameters:
+                    parameters[parameter_name] = self.parameter(parameter_name)
+                tensor = _assembled(shape, pieces, parameters[parameter_name])
             require_finite(tensor, f"{self.folder}: {name}")
             yield name, tensor
+
+
+def _assembled(
+    shape: tuple[int, ...], pieces: list[tuple[Piece, str]], parameter: Tensor
+) -> Tensor:
+    """An HF tensor from its pieces in one parameter; a view where that holds it in one piece."""
+    first = parameter[pieces[0][0].target]
+    if first.shape == shape:
+        return first
+    tensor = parameter.new_empty(shape)
+    for piece, _ in pieces:
+        tensor[piece.source] = parameter[piece.target]
+    return tensor

@@ -8,9 +8,9 @@ be finite, and nothing is visible before all is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -20,16 +20,18 @@ from torch import Tensor
 from megatron_vopd.checkpoint import (
     CheckpointReader,
     Entry,
+    ShardedTensor,
     ShardFile,
     Written,
     complete,
     dtype_name,
+    is_same_place,
     is_saved_here,
     with_values,
 )
 from megatron_vopd.checkpoint_model import HF_DIR, meta_entries, read_entry
 from megatron_vopd.hf_io import SafetensorsFolder, fill_parameter
-from megatron_vopd.hf_mapping import ShardPlan, shard_parameters
+from megatron_vopd.hf_mapping import Piece, ShardPlan, shard_parameters
 from megatron_vopd.model_facts import ModelError
 from megatron_vopd.model_source import (
     ModelSource,
@@ -103,11 +105,33 @@ def _write_shards(
 ) -> list[Written]:
     with SafetensorsFolder(source.folder) as folder, ShardFile(staging, dist.get_rank()) as file:
         for name, entry in own.items():
-            values = _read_parameter(plans[name], source, folder)
-            for shard in with_values(entry, values):
+            for shard in _read_shards(entry, plans[name], source, folder):
                 file.add(shard)
-            advance(values.nbytes)
+            advance(_num_bytes(plans[name], source.dtype))
         return file.written
+
+
+def _read_shards(
+    entry: Entry, plan: ShardPlan, source: ModelSource, folder: SafetensorsFolder
+) -> Iterator[ShardedTensor]:
+    """The shards of one parameter with their values: the HF file itself where it has them so."""
+    like = torch.empty(plan.shape, dtype=source.dtype, device="meta")
+    shards = with_values(entry, like)
+    pieces = [_piece_at(shard, plan, like) for shard in shards]
+    if None in pieces:
+        yield from with_values(entry, _read_parameter(plan, source, folder))
+        return
+    for shard, piece in zip(shards, pieces, strict=True):
+        assert piece is not None
+        values = folder.slices(piece.name)[piece.source].to(source.dtype)
+        require_finite(values, f"{folder.path_of(piece.name)}: {piece.name}")
+        yield replace(shard, data=values)
+
+
+def _piece_at(shard: ShardedTensor, plan: ShardPlan, like: Tensor) -> Piece | None:
+    """The piece that alone fills a shard of the parameter."""
+    fits = (piece for piece in plan.pieces if is_same_place(shard.data, like[piece.target]))
+    return next(fits, None)
 
 
 def _read_parameter(plan: ShardPlan, source: ModelSource, folder: SafetensorsFolder) -> Tensor:
