@@ -41,19 +41,17 @@ def _changed(name_part: str, edit: Edit) -> Any:
     """Wrong values: edits every parameter that is made of an HF tensor of this name."""
 
     def mutate() -> tuple[Any, str, Any]:
-        original = hf_import._read_parameter
-
-        def read(plan: Any, source: Any, folder: Any) -> Tensor:
-            values = original(plan, source, folder)
+        def read(entry: Any, plan: Any, source: Any, folder: Any) -> Any:
+            values = hf_import._read_parameter(plan, source, folder)
             for piece in plan.pieces:
                 if name_part in piece.name:
                     part = values[piece.target]
                     edited = edit(part)
                     if edited is not None:
                         part.copy_(edited)
-            return values
+            return hf_import.with_values(entry, values)
 
-        return hf_import, "_read_parameter", read
+        return hf_import, "_read_shards", read
 
     return mutate
 
