@@ -124,24 +124,45 @@ MEGATRON_VOPD_HD void merge_and_finalize(const double* packed, int64_t num_ranks
     finalize(total, optimal_floor, out);
 }
 
+// d^ can be taken as (x - y) - (m - n), which has no error to speak of where the two models nearly
+// agree, or as x^ - y^, which has less where a large offset is between them. The first needs
+// references that are close and whose difference is exact: `n` is moved by a rounding error.
+MEGATRON_VOPD_HD float close_reference(float m, float n) {
+    const float moved = m + (n - m);
+    return fabsf(moved - m) < 1.0f ? moved : n;
+}
+
+MEGATRON_VOPD_HD bool are_close(float m, float n) {
+    const float difference = n - m;
+    return fabsf(difference) < 1.0f &&
+           static_cast<double>(n) - static_cast<double>(m) == static_cast<double>(difference);
+}
+
 // Per-token constants of the gradient, shared by the kernels. With p_j = s 2^tx, tx = (x_j - mx) c
 // (mx an fp32 reference near the lse in units of the logits, s the exact remainder) and the same
 // for q:
 //
-//     dz_j = e (k0 + kh tx + kr v) - kq f,  e = 2^tx, f = 2^ty,
-//     v = ((x_j - mx) - (y_j - my)) c + high + low
+//     dz_j = e (k0 + kh tx + kr v) + (kp e - kq f),   e = 2^tx, f = 2^ty
+//     v = log2(p_j / q_j) - RKL,   w = log2(p_j / q_j),   kp e - kq f = kp e (1 - 2^-w)
 //
 // which is kernels.md section 2 with every factor that does not depend on j folded into k0..kq.
-// v is d_j - RKL in log2 units: taken from logits near their references, and with its constant in
-// two parts, because the difference of two rounded log-probabilities would be the largest error of
-// the whole gradient.
+// Where p and q are close both v and 1 - 2^-w are small differences of large numbers. Both are
+// therefore formed from x_j - y_j with its rounding error, c (x_j - y_j) plus a constant in two
+// parts; and close to 0 the last form of the forward term is taken, by a polynomial in w.
 struct GradientRow {
     float scale;  // c = log2(e) / temperature
     float mx, my;
-    float k0, kh, kr, kq;
-    float high, low;
+    float k0, kh, kr, kp, kq;
+    float v_high, v_low, w_high, w_low;
     double inverse_temperature;
 };
+
+// Below it 1 - 2^-w comes from the polynomial w sum_n c_n w^n, c_n = -(-ln 2)^(n+1) / (n+1)!.
+constexpr float kSmallRatio = 0.5f;
+constexpr int kRatioDegree = 6;
+constexpr float kRatio[kRatioDegree + 1] = {
+    0.6931471805599453f,    -0.24022650695910072f,    0.05550410866482158f,  -0.009618129107628477f,
+    0.0013333558146428443f, -0.00015403530393381608f, 1.525273380405984e-05f};
 
 MEGATRON_VOPD_HD GradientRow gradient_row(const double* final_stats, const double* coefficients,
                                           double temperature) {
@@ -157,16 +178,20 @@ MEGATRON_VOPD_HD GradientRow gradient_row(const double* final_stats, const doubl
     const double rest_y = row.my * unit - final_stats[1];
     const double s = exp(rest_x) / temperature;
     // A zero coefficient removes its term: 0 * inf must not appear.
-    double constant = policy + forward;
+    double constant = policy;
     if (entropy != 0) {
         constant -= entropy * (rest_x + final_stats[6]);
     }
-    const double shift = (rest_x - rest_y - final_stats[4]) * kLog2e;
-    row.high = static_cast<float>(shift);
-    row.low = static_cast<float>(shift - row.high);
+    const double w = (final_stats[1] - final_stats[0]) * kLog2e;
+    const double v = w - final_stats[4] * kLog2e;
+    row.v_high = static_cast<float>(v);
+    row.v_low = static_cast<float>(v - row.v_high);
+    row.w_high = static_cast<float>(w);
+    row.w_low = static_cast<float>(w - row.w_high);
     row.k0 = static_cast<float>(s * constant);
     row.kh = static_cast<float>(-entropy * s * kLn2);
     row.kr = static_cast<float>(reverse * s * kLn2);
+    row.kp = static_cast<float>(forward * s);
     row.kq = static_cast<float>(forward * exp(rest_y) / temperature);
     row.inverse_temperature = 1 / temperature;
     return row;

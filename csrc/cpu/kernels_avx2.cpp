@@ -48,6 +48,12 @@ struct Simd {
     static F zero_where_zero(F value, F weight) {
         return _mm256_and_ps(value, _mm256_cmp_ps(weight, _mm256_setzero_ps(), _CMP_NEQ_UQ));
     }
+    // `close` where |w| < kSmallRatio, else `apart` (also where w is NaN).
+    static F where_small(F w, F close, F apart) {
+        const F magnitude = _mm256_andnot_ps(set1(-0.0f), w);
+        return _mm256_blendv_ps(apart, close,
+                                _mm256_cmp_ps(magnitude, set1(kSmallRatio), _CMP_LT_OQ));
+    }
     static float horizontal_max(F a) {
         __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
         m = _mm_max_ps(m, _mm_movehl_ps(m, m));

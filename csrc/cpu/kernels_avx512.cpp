@@ -55,6 +55,11 @@ struct Simd {
         const __mmask16 keep = _mm512_cmp_ps_mask(weight, _mm512_setzero_ps(), _CMP_NEQ_UQ);
         return _mm512_maskz_mov_ps(keep, value);
     }
+    // `close` where |w| < kSmallRatio, else `apart` (also where w is NaN).
+    static F where_small(F w, F close, F apart) {
+        const __mmask16 small = _mm512_cmp_ps_mask(_mm512_abs_ps(w), set1(kSmallRatio), _CMP_LT_OQ);
+        return _mm512_mask_blend_ps(small, apart, close);
+    }
     static float horizontal_max(F a) { return _mm512_reduce_max_ps(a); }
     static bool all_below(F a, float limit) {
         return _mm512_cmp_ps_mask(a, set1(limit), _CMP_LT_OQ) == 0xffff;

@@ -48,6 +48,11 @@ struct Simd {
     }
     static F max(F a, F b) { return a > b ? a : b; }
     static F zero_where_zero(F value, F weight) { return weight == F{} ? F{} : value; }
+    // `close` where |w| < kSmallRatio, else `apart` (also where w is NaN).
+    static F where_small(F w, F close, F apart) {
+        const F magnitude = w < F{} ? -w : w;
+        return magnitude < set1(kSmallRatio) ? close : apart;
+    }
     static float horizontal_max(F a) {
         float most = a[0];
         for (int i = 1; i < width; ++i) {

@@ -7,24 +7,43 @@
 
 enum class Needs { student, ratio, teacher, both };
 
+// 1 - 2^-w for |w| < kSmallRatio.
+inline Simd::F ratio_below_one(Simd::F w) {
+    auto p = Simd::set1(kRatio[kRatioDegree]);
+    for (int degree = kRatioDegree; degree-- > 0;) {
+        p = Simd::fma(p, w, Simd::set1(kRatio[degree]));
+    }
+    return Simd::mul(p, w);
+}
+
 template <Needs needs>
 inline Simd::F gradient_of(Simd::F vx, Simd::F vy, const GradientRow& row) {
     const auto scale = Simd::set1(row.scale);
-    const auto from_x = Simd::sub(vx, Simd::set1(row.mx));
-    const auto from_y = Simd::sub(vy, Simd::set1(row.my));
-    const auto tx = Simd::mul(from_x, scale);
+    const auto tx = Simd::mul(Simd::sub(vx, Simd::set1(row.mx)), scale);
     const auto e = Simd::exp2(tx);
     auto inner = Simd::fma(Simd::set1(row.kh), tx, Simd::set1(row.k0));
+    if constexpr (needs == Needs::student) {
+        return Simd::zero_where_zero(Simd::mul(e, inner), e);
+    }
+    // d + rest = vx - vy without error.
+    const auto d = Simd::sub(vx, vy), back = Simd::sub(vx, d);
+    const auto rest = Simd::add(Simd::sub(vx, Simd::add(d, back)), Simd::sub(back, vy));
     if constexpr (needs == Needs::ratio || needs == Needs::both) {
-        const auto v = Simd::fma(Simd::sub(from_x, from_y), scale, Simd::set1(row.high));
-        inner = Simd::fma(Simd::set1(row.kr), Simd::add(v, Simd::set1(row.low)), inner);
+        const auto v = Simd::add(Simd::affine(d, scale, Simd::set1(row.v_high)),
+                                 Simd::fma(rest, scale, Simd::set1(row.v_low)));
+        inner = Simd::fma(Simd::set1(row.kr), v, inner);
     }
     // Where p = 0 the bracket may be infinite: the product is 0.
-    auto value = Simd::zero_where_zero(Simd::mul(e, inner), e);
-    if constexpr (needs == Needs::teacher || needs == Needs::both) {
-        value = Simd::fma(Simd::set1(-row.kq), Simd::exp2(Simd::mul(from_y, scale)), value);
+    const auto value = Simd::zero_where_zero(Simd::mul(e, inner), e);
+    if constexpr (needs == Needs::ratio) {
+        return value;
     }
-    return value;
+    const auto w = Simd::add(Simd::affine(d, scale, Simd::set1(row.w_high)),
+                             Simd::fma(rest, scale, Simd::set1(row.w_low)));
+    const auto p = Simd::mul(Simd::set1(row.kp), e);
+    const auto f = Simd::exp2(Simd::mul(Simd::sub(vy, Simd::set1(row.my)), scale));
+    const auto apart = Simd::fma(Simd::set1(-row.kq), f, p);
+    return Simd::add(value, Simd::where_small(w, Simd::mul(p, ratio_below_one(w)), apart));
 }
 
 // Columns [begin, end) fewer than a vector, through padded copies.
@@ -73,7 +92,7 @@ template <bool stream, typename T>
 void gradient_row_dispatch(const T* x, const T* y, T* out, int64_t num_valid,
                            const GradientRow& row) {
     // Not != 0: a NaN coefficient must reach the result.
-    const bool ratio = !(row.kr == 0), forward = !(row.kq == 0);
+    const bool ratio = !(row.kr == 0), forward = !(row.kp == 0 && row.kq == 0);
     if (ratio && forward) {
         gradient_columns<Needs::both, stream>(x, y, out, num_valid, row);
     } else if (ratio) {

@@ -22,6 +22,7 @@ struct RowState {
     float scale;   // log2(e) / temperature
     float rx, ry;  // reference points
     bool careful;
+    bool direct;  // differences from the logits (distill_stats.h: close_reference)
     alignas(64) double totals[kSums][Simd::width];  // S N U D F C Q E G
 };
 
@@ -30,9 +31,8 @@ struct Sums {
 };
 
 template <bool careful>
-inline void accumulate(Sums& s, Simd::F tx, Simd::F ty) {
+inline void accumulate(Sums& s, Simd::F tx, Simd::F ty, Simd::F d) {
     const auto e = Simd::exp2(tx), f = Simd::exp2(ty);
-    auto d = Simd::sub(tx, ty);
     auto dq = d;
     if constexpr (careful) {
         dq = Simd::zero_where_zero(d, f);
@@ -83,12 +83,13 @@ inline bool flush(RowState& row, const Sums& s) {
 }
 
 // `count` columns, a multiple of the vector width; block maxima to `block_max` unless it is null.
-template <bool careful, bool with_max, typename T>
-bool superblock(RowState& row, const T* x, const T* y, int64_t count, float* block_max) {
+template <bool careful, bool with_max, bool direct, typename T>
+bool sum_columns(RowState& row, const T* x, const T* y, int64_t count, float* block_max) {
     const auto zero = Simd::set1(0.0f);
     Sums s{zero, zero, zero, zero, zero, zero, zero, zero, zero};
     const auto scale = Simd::set1(row.scale);
     const auto rx = Simd::set1(-row.rx), ry = Simd::set1(-row.ry);
+    const auto rd = Simd::set1(row.ry - row.rx);
     for (int64_t base = 0; base < count; base += kBlock) {
         const int64_t end = base + kBlock < count ? base + kBlock : count;
         auto most = Simd::load(x + base);
@@ -100,7 +101,10 @@ bool superblock(RowState& row, const T* x, const T* y, int64_t count, float* blo
                 if constexpr (with_max) {
                     most = Simd::max(most, vx);
                 }
-                accumulate<careful>(part, Simd::affine(vx, scale, rx), Simd::affine(vy, scale, ry));
+                const auto tx = Simd::affine(vx, scale, rx), ty = Simd::affine(vy, scale, ry);
+                const auto d =
+                    direct ? Simd::affine(Simd::sub(vx, vy), scale, rd) : Simd::sub(tx, ty);
+                accumulate<careful>(part, tx, ty, d);
             }
             add_sums(s, part);
         }
@@ -109,6 +113,12 @@ bool superblock(RowState& row, const T* x, const T* y, int64_t count, float* blo
         }
     }
     return flush<careful>(row, s);
+}
+
+template <bool careful, bool with_max, typename T>
+bool superblock(RowState& row, const T* x, const T* y, int64_t count, float* block_max) {
+    return row.direct ? sum_columns<careful, with_max, true>(row, x, y, count, block_max)
+                      : sum_columns<careful, with_max, false>(row, x, y, count, block_max);
 }
 
 template <typename T>
@@ -126,7 +136,8 @@ template <typename T>
 bool raise_references(RowState& row, const T* x, const T* y, int64_t count) {
     const float hx = highest_reference(x, count, row.scale);
     const float hy = highest_reference(y, count, row.scale);
-    const float rx = hx > row.rx ? hx : row.rx, ry = hy > row.ry ? hy : row.ry;
+    const float rx = hx > row.rx ? hx : row.rx;
+    const float ry = close_reference(rx, hy > row.ry ? hy : row.ry);
     if (rx == row.rx && ry == row.ry) {
         return false;
     }
@@ -156,6 +167,7 @@ bool raise_references(RowState& row, const T* x, const T* y, int64_t count) {
     }
     row.rx = rx;
     row.ry = ry;
+    row.direct = are_close(rx, ry);
     return true;
 }
 
@@ -229,7 +241,7 @@ void row_stats(const T* x, const T* y, int64_t label, int64_t num_valid, double 
     RowState row;
     row.scale = static_cast<float>(1.4426950408889634 / temperature);
     row.rx = row.ry = kPadding;
-    row.careful = false;
+    row.careful = row.direct = false;
     std::fill(&row.totals[0][0], &row.totals[0][0] + kSums * Simd::width, 0.0);
     const int64_t whole = num_valid / kSuper * kSuper;
     if (whole > 0) {

@@ -51,22 +51,37 @@ __device__ Held special_elements(const Logits& logits, const GradientInputs& in,
     return held;
 }
 
+// 1 - 2^-w for |w| < kSmallRatio.
+__device__ inline float ratio_below_one(float w) {
+    float p = kRatio[kRatioDegree];
+#pragma unroll
+    for (int degree = kRatioDegree - 1; degree >= 0; --degree) {
+        p = fmaf(p, w, kRatio[degree]);
+    }
+    return p * w;
+}
+
 template <bool with_ratio, bool with_forward>
 __device__ inline float gradient_of(float x, float y, const GradientRow& row) {
-    const float from_x = x - row.mx, from_y = y - row.my;
-    const float tx = from_x * row.scale;
+    const float tx = (x - row.mx) * row.scale;
     const float e = fast_exp2(tx);
     float inner = fmaf(row.kh, tx, row.k0);
+    // d + rest = x - y without error.
+    const float d = x - y, back = x - d;
+    const float rest = (x - (d + back)) + (back - y);
     if (with_ratio) {
-        const float v = fmaf(from_x - from_y, row.scale, row.high) + row.low;
+        const float v = fmaf(d, row.scale, row.v_high) + fmaf(rest, row.scale, row.v_low);
         inner = fmaf(row.kr, v, inner);
     }
     // Where p = 0 the bracket may be infinite: the product is 0.
-    float value = e == 0 ? 0 : e * inner;
-    if (with_forward) {
-        value = fmaf(-row.kq, fast_exp2(from_y * row.scale), value);
+    const float value = e == 0 ? 0 : e * inner;
+    if (!with_forward) {
+        return value;
     }
-    return value;
+    const float w = fmaf(d, row.scale, row.w_high) + fmaf(rest, row.scale, row.w_low);
+    const float p = row.kp * e;
+    const float apart = fmaf(-row.kq, fast_exp2((y - row.my) * row.scale), p);
+    return value + (fabsf(w) < kSmallRatio ? p * ratio_below_one(w) : apart);
 }
 
 template <bool with_ratio, bool with_forward, typename T>
@@ -103,7 +118,7 @@ __global__ void __launch_bounds__(kThreads)
     const Held held = special_elements(logits, in, row, t, x, y);
     __syncthreads();
     // Not != 0: a NaN coefficient must reach the result.
-    const bool ratio = !(row.kr == 0), forward = !(row.kq == 0);
+    const bool ratio = !(row.kr == 0), forward = !(row.kp == 0 && row.kq == 0);
     if (ratio && forward) {
         gradient_columns<true, true>(x, y, to, logits.num_valid, row);
     } else if (ratio) {

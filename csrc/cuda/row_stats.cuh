@@ -25,11 +25,13 @@ __device__ inline bool group_sums(const ThreadState& s, bool careful, const floa
     for (int i = 0; i < kSums; ++i) {
         sum[i] = 0;
     }
+    const float rd = s.ry - s.rx;
+    const bool direct = are_close(s.rx, s.ry);
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
         float tx = fmaf(x[i], s.scale, -s.rx), ty = fmaf(y[i], s.scale, -s.ry);
         const float e = fast_exp2(tx), f = fast_exp2(ty);
-        float d = tx - ty, dq = d;
+        float d = direct ? fmaf(x[i] - y[i], s.scale, rd) : tx - ty, dq = d;
         if (careful) {
             dq = f == 0 ? 0 : d;
             d = e == 0 ? 0 : d;
@@ -76,7 +78,7 @@ __device__ inline bool raise_references(ThreadState& s, const float (&x)[kGroup]
         hy = fmaxf(hy, y[i] * s.scale);
     }
     hx = fmaxf(hx, s.rx);
-    hy = fmaxf(hy, s.ry);
+    hy = close_reference(hx, fmaxf(hy, s.ry));
     if (hx == s.rx && hy == s.ry) {
         return false;
     }
@@ -197,7 +199,7 @@ __device__ void row_stats(const T* x, const T* y, int64_t label, int64_t num_val
         }
     }
     s.rx = cta_max(first_x, reinterpret_cast<float*>(scratch));
-    s.ry = cta_max(first_y, reinterpret_cast<float*>(scratch));
+    s.ry = close_reference(s.rx, cta_max(first_y, reinterpret_cast<float*>(scratch)));
     for (int64_t block = warp; block < blocks; block += kWarps) {
         load_group(x, block, shift, lane, num_valid, true, kPadding, vx);
         load_group(y, block, shift, lane, num_valid, y_vector, kPadding, vy);
