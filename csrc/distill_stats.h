@@ -160,9 +160,14 @@ struct GradientRow {
 // Below it 1 - 2^-w comes from the polynomial w sum_n c_n w^n, c_n = -(-ln 2)^(n+1) / (n+1)!.
 constexpr float kSmallRatio = 0.5f;
 constexpr int kRatioDegree = 6;
-constexpr float kRatio[kRatioDegree + 1] = {
-    0.6931471805599453f,    -0.24022650695910072f,    0.05550410866482158f,  -0.009618129107628477f,
-    0.0013333558146428443f, -0.00015403530393381608f, 1.525273380405984e-05f};
+
+MEGATRON_VOPD_HD constexpr float ratio_coefficient(int n) {
+    double value = -1;
+    for (int factor = 1; factor <= n + 1; ++factor) {
+        value *= -0.6931471805599453 / factor;
+    }
+    return static_cast<float>(value);
+}
 
 MEGATRON_VOPD_HD GradientRow gradient_row(const double* final_stats, const double* coefficients,
                                           double temperature) {

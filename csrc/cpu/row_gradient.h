@@ -9,9 +9,9 @@ enum class Needs { student, ratio, teacher, both };
 
 // 1 - 2^-w for |w| < kSmallRatio.
 inline Simd::F ratio_below_one(Simd::F w) {
-    auto p = Simd::set1(kRatio[kRatioDegree]);
+    auto p = Simd::set1(ratio_coefficient(kRatioDegree));
     for (int degree = kRatioDegree; degree-- > 0;) {
-        p = Simd::fma(p, w, Simd::set1(kRatio[degree]));
+        p = Simd::fma(p, w, Simd::set1(ratio_coefficient(degree)));
     }
     return Simd::mul(p, w);
 }

@@ -53,10 +53,10 @@ __device__ Held special_elements(const Logits& logits, const GradientInputs& in,
 
 // 1 - 2^-w for |w| < kSmallRatio.
 __device__ inline float ratio_below_one(float w) {
-    float p = kRatio[kRatioDegree];
+    float p = ratio_coefficient(kRatioDegree);
 #pragma unroll
     for (int degree = kRatioDegree - 1; degree >= 0; --degree) {
-        p = fmaf(p, w, kRatio[degree]);
+        p = fmaf(p, w, ratio_coefficient(degree));
     }
     return p * w;
 }
