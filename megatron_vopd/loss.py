@@ -13,19 +13,18 @@ context parallelism do not change it.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import repeat
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from torch import Tensor
 
 from megatron_vopd.forward import response_hidden, run_row
-from megatron_vopd.metrics import token_sums
-from megatron_vopd.objectives import ObjectiveSettings, coefficients
+from megatron_vopd.metrics import add_sums, token_sums
+from megatron_vopd.objectives import Objective, coefficients
 from megatron_vopd.packing import Microbatch, cp_shard
 from megatron_vopd.student import Student
 from megatron_vopd.teacher import Teacher, student_shard
@@ -34,34 +33,12 @@ from megatron_vopd.vocab_parallel import Coefficients, DistillStats, linear_dist
 Sums = dict[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Objective:
-    """What is minimised.
-
-    Attributes:
-        name: key of `objectives.OBJECTIVES`.
-        settings: its baseline, weights, gates.
-        topk: size of the student's top-k set; 0: none.
-        temperature: of both distributions; that of the rollouts.
-        chunk: response tokens whose logits exist at a time.
-        mode: `grad_in_forward` or `recompute` (see `linear_distill_loss`).
-    """
-
-    name: str
-    settings: ObjectiveSettings
-    topk: int = 0
-    temperature: float = 1.0
-    chunk: int = 4096
-    mode: Literal["grad_in_forward", "recompute"] = "grad_in_forward"
-
-
 class RowLoss:
     """The loss on this rank, with what it measured of the current step.
 
     Attributes:
         operator_seconds: time inside the operator, both heads and their gradients included (on a
             GPU the time to launch it, since nothing waits for the device).
-        loss_sum: sum of the losses of this rank's response tokens.
         sums: of `metrics.token_sums` over those tokens.
     """
 
@@ -70,7 +47,8 @@ class RowLoss:
     ) -> None:
         self._student, self._teachers, self._objective = student, teachers, objective
         self._no_teacher_shard = student_shard(student.facts, student.groups)
-        self.operator_seconds, self.loss_sum, self.sums = 0.0, 0.0, {}
+        self.operator_seconds = 0.0
+        self.sums: Sums = {}
 
     def forward_backward(
         self, replicas: Sequence[Sequence[Microbatch]], teacher_hidden: Sequence[Tensor]
@@ -82,16 +60,12 @@ class RowLoss:
             teacher_hidden: from `teacher.score`; empty where the loss is not computed.
         """
         student, at = self._student, self._student.groups.coordinates
-        self.operator_seconds, self.loss_sum = 0.0, 0.0
-        everything = [row for rows in replicas for row in rows]
-        sampled = any(row.rollout_logprob_T is not None for row in everything)
-        # Every rank has the same keys, also one that computes no loss: they are summed over ranks.
-        self.sums = self._token_sums(self._empty_stats(), sampled, None)
+        self.operator_seconds, self.sums = 0.0, {}
         rows = [cp_shard(row, at.cp, student.groups.layout.cp) for row in replicas[at.dp]]
         student.model.zero_grad_buffer()
         student.optimizer.zero_grad()
         get_forward_backward_func()(
-            forward_step_func=partial(self._forward_step, sampled),
+            forward_step_func=self._forward_step,
             data_iterator=zip(rows, teacher_hidden or repeat(None), strict=False),
             model=[student.model],
             num_microbatches=len(rows),
@@ -100,13 +74,18 @@ class RowLoss:
             forward_only=False,
         )
 
-    def _forward_step(self, sampled: bool, iterator: Any, model: Any) -> Any:
+    @property
+    def loss_sum(self) -> float:
+        """Sum of the losses of this rank's response tokens in the current step."""
+        return float(self.sums.get("loss/total", 0.0))
+
+    def _forward_step(self, iterator: Any, model: Any) -> Any:
         row, teacher_hidden_TD = next(iterator)
         output = run_row(model, row, self._student.options.device)
-        return output, partial(self._loss, row, teacher_hidden_TD, sampled)
+        return output, partial(self._loss, row, teacher_hidden_TD)
 
     def _loss(
-        self, row: Microbatch, teacher_hidden_TD: Tensor, sampled: bool, output: Tensor
+        self, row: Microbatch, teacher_hidden_TD: Tensor, output: Tensor
     ) -> tuple[Tensor, Tensor, Sums]:
         """(sum over the row's response tokens, their number, metrics): megatron-core's contract."""
         student, objective = self._student, self._objective
@@ -135,9 +114,10 @@ class RowLoss:
             check_ranks=False,
         )
         self.operator_seconds += time.perf_counter() - started
-        self.loss_sum += float(loss_sum.detach())
-        for key, value in self._token_sums(stats, sampled, row).items():
-            self.sums[key] = self.sums[key] + value
+        logprob_T = row.rollout_logprob_T
+        logprob_T = None if logprob_T is None else logprob_T.to(output.device)
+        add_sums(self.sums, token_sums(objective.name, stats, objective.settings, logprob_T))
+        add_sums(self.sums, {"loss/total": loss_sum.detach().double()})
         num_tokens = torch.tensor(row.num_tokens, dtype=torch.int, device=output.device)
         return loss_sum, num_tokens, {}
 
@@ -150,23 +130,6 @@ class RowLoss:
             _rollout_logprob(stats, row),
             None if advantage_T is None else advantage_T.to(stats.entropy_T)[stats.tokens],
         )
-
-    def _token_sums(self, stats: DistillStats, sampled: bool, row: Microbatch | None) -> Sums:
-        logprob_T = None
-        if sampled:
-            logprob_T = stats.student_logprob_T.detach()
-            given_T = None if row is None else _rollout_logprob(stats, row)
-            logprob_T = logprob_T if given_T is None else given_T
-        return token_sums(self._objective.name, stats, self._objective.settings, logprob_T)
-
-    def _empty_stats(self) -> DistillStats:
-        """Statistics of no token, with the fields that the step's statistics have."""
-        none = torch.zeros(0, device=self._student.options.device)
-        values: Iterable[Tensor | None] = [
-            None if field.name.startswith("topk_") and not self._objective.topk else none
-            for field in fields(DistillStats)[:-1]
-        ]
-        return DistillStats(*values, tokens=slice(0, 0))  # pyright: ignore[reportArgumentType]
 
 
 def _rollout_logprob(stats: DistillStats, row: Microbatch) -> Tensor | None:
