@@ -141,7 +141,7 @@ class RolloutCollector:
         return self._shared(request, lambda: self._generate(request), policy_version)
 
     def _generate(self, request: Request) -> list[tuple[Rollout, float]]:
-        """This leader's share of the answers, with grades; nothing elsewhere. May be in a thread."""
+        """This leader's share of the answers, with grades; also called in a thread."""
         own = self._own_prompts(request)
         if not own:
             return []
@@ -170,9 +170,7 @@ class RolloutCollector:
             answers = answer()
             rollouts = [rollout for rollout, _ in answers]
             lag = self._settings.max_staleness
-            check_rollouts(
-                rollouts, prompts, request.sampling, version, lag, self._vocab_size
-            )
+            check_rollouts(rollouts, prompts, request.sampling, version, lag, self._vocab_size)
             for position, (rollout, grade) in enumerate(answers):
                 index, sample = divmod(position, samples)
                 order = (at.dp + index * layout.dp) * samples + sample

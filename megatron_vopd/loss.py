@@ -45,6 +45,8 @@ class RowLoss:
     def __init__(
         self, student: Student, teachers: Mapping[str, Teacher], objective: Objective
     ) -> None:
+        if not teachers and objective.name != "hard":
+            raise ValueError(f"objective {objective.name}: expected a teacher, got none")
         self._student, self._teachers, self._objective = student, teachers, objective
         self._no_teacher_shard = student_shard(student.facts, student.groups)
         self.operator_seconds = 0.0
@@ -95,8 +97,11 @@ class RowLoss:
         if teacher is None:
             teacher_hidden_TD, teacher_head_VD = _uniform(hidden_TD, shard.num_valid)
         else:
-            teacher_head_VD = teacher.head_VD
-            teacher_hidden_TD = teacher_hidden_TD.to(output.device)
+            assert teacher.head_VD is not None, "the student's last stage holds the teacher's head"
+            teacher_hidden_TD, teacher_head_VD = (
+                teacher_hidden_TD.to(output.device),
+                teacher.head_VD,
+            )
         started = time.perf_counter()
         loss_sum, stats = linear_distill_loss(
             hidden_TD,

@@ -1,3 +1,4 @@
+# ruff: noqa: N815  (field names carry shapes, like every name here)
 """Rollouts -> microbatches: packed rows, balanced by tokens over the student's data parallelism.
 
 Pure: the plan follows from the rollouts alone, so every rank that has the same rollouts computes

@@ -7,6 +7,7 @@ on held-out prompts that gates the length curriculum.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 
@@ -52,7 +53,7 @@ def student_statistics(
             places = places[cp_tokens(row, at.cp, groups.layout.cp)].to(flat.device)
             flat[:, places] = torch.stack([stats.student_logprob_T, stats.entropy_T]).to(flat)
     flat = sum_over_world(flat).cpu()
-    return [flat[:, low:high] for low, high in zip(starts, starts[1:], strict=False)]
+    return [flat[:, low:high] for low, high in pairwise(starts)]
 
 
 def sequence_logprobs(

@@ -1,4 +1,4 @@
-"""From the configuration to the numbers that a step is made of. Pure; nothing below reads config."""
+"""From the configuration to the numbers that a step is made of. Below, nothing reads config."""
 
 from __future__ import annotations
 

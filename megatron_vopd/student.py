@@ -51,7 +51,7 @@ class Student:
         return self.model.module
 
     @property
-    def head_VD(self) -> Tensor:
+    def head_VD(self) -> Tensor:  # noqa: N802
         """This rank's rows of the vocabulary head, on the last stage."""
         return head_weight(self.bare)
 

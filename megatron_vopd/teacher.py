@@ -175,6 +175,8 @@ def score(teachers: Mapping[str, Teacher], replicas: Replicas, student: Groups) 
 def _places(teachers: Mapping[str, Teacher], replicas: Replicas) -> dict[str, list[Place]]:
     """Rows with responses by teacher, in the order in which all ranks treat them."""
     places: dict[str, list[Place]] = {}
+    if not teachers:  # an objective without one
+        return places
     for replica, rows in enumerate(replicas):
         for position, row in enumerate(rows):
             if row.num_tokens and row.teacher not in teachers:
