@@ -12,10 +12,11 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 from megatron_vopd.parallel import Groups
+from megatron_vopd.responses import shortened
 from megatron_vopd.rollout.accounting import check_rollouts
 from megatron_vopd.rollout.engine import Engine, EngineError, Sampling
 from megatron_vopd.settings import StepSettings
@@ -96,7 +97,7 @@ class RolloutCollector:
             assert self._responses is not None, "given responses without a source"
             given = self._responses.next(self._settings.num_given)
             start = len(graded)
-            graded += [Graded(start + i, _shortened(r, limit)) for i, r in enumerate(given)]
+            graded += [Graded(start + i, shortened(r, limit)) for i, r in enumerate(given)]
         return graded
 
     def settle(self, policy_version: int) -> None:
@@ -213,13 +214,6 @@ def step_seed(seed: int, step: int) -> int:
     """Seed of a step's sampling, 0 <= seed < 2^63."""
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
-
-
-def _shortened(rollout: Rollout, limit: int) -> Rollout:
-    """The first `limit` tokens of a given response: the curriculum limits those too."""
-    if len(rollout.response_ids) <= limit:
-        return rollout
-    return replace(rollout, response_ids=rollout.response_ids[:limit], finish_reason="length")
 
 
 def _graded_from(values: dict[str, Any]) -> Graded:

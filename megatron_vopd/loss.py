@@ -79,7 +79,7 @@ class RowLoss:
     @property
     def loss_sum(self) -> float:
         """Sum of the losses of this rank's response tokens in the current step."""
-        return float(self.sums.get("loss/total", 0.0))
+        return float(self.sums.get("loss/mean", 0.0))
 
     def _forward_step(self, iterator: Any, model: Any) -> Any:
         row, teacher_hidden_TD = next(iterator)
@@ -122,7 +122,7 @@ class RowLoss:
         logprob_T = row.rollout_logprob_T
         logprob_T = None if logprob_T is None else logprob_T.to(output.device)
         add_sums(self.sums, token_sums(objective.name, stats, objective.settings, logprob_T))
-        add_sums(self.sums, {"loss/total": loss_sum.detach().double()})
+        add_sums(self.sums, {"loss/mean": loss_sum.detach().double()})
         num_tokens = torch.tensor(row.num_tokens, dtype=torch.int, device=output.device)
         return loss_sum, num_tokens, {}
 

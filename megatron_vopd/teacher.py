@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -90,6 +91,8 @@ class Teacher:
         self._model = build_model(config, self.facts, groups, options)
         repeat = kv_repeat(self.facts, groups.layout.tp, trained=False)
         load_weights(self._model, self.facts, groups, model_dir, options.layer_spec, repeat)
+        if groups.is_first_stage:
+            self._model.embedding.register_forward_hook(_plain_strides)
         if groups.is_last_stage:
             # The student's side has the head; a tied one of a single stage stays as embedding.
             self._model.output_layer.weight = None
@@ -134,6 +137,16 @@ class Teacher:
         for name, parameter in self._model.named_parameters():
             if name in self._host:
                 parameter.data = self._host[name].to(self._device, non_blocking=True)
+
+
+def _plain_strides(_module: Any, _inputs: Any, hidden: Tensor) -> Tensor:
+    """Embeddings [S, 1, D] with the strides of a fresh tensor; values and memory are the same.
+
+    They come transposed from [1, S, D], with a stride of S * D for the middle dimension, which
+    `contiguous` lets pass. With such strides and a weight that needs no gradient, torch multiplies
+    position by position instead of all at once: slow, and rounded differently from the student.
+    """
+    return hidden.flatten(0, 1).unsqueeze(1) if hidden.shape[1] == 1 else hidden
 
 
 def teacher_plan(num_tokens: Sequence[int], num_replicas: int) -> list[list[int | None]]:

@@ -261,18 +261,16 @@ class Trainer:
     ) -> dict[str, float]:
         """All metrics of the step (algorithms.md section 8), recorded by the rank with a sink."""
         reduced = reduce_sums(self.loss.sums, self.student.counts_tokens)
-        num_tokens = reduced.pop("num_tokens", 0.0)
         values = reduced | rollout_metrics(rollouts) | self.curriculum.metrics()
         values |= {
             "optim/grad_norm": update.grad_norm,
             "optim/lr": update.learning_rate,
             "optim/skipped": float(not update.applied),
-            "rollout/num_tokens": num_tokens,
             "perf/peak_memory_bytes": _peak_memory_bytes(self.student.options.device),
             "time/loss_operator_seconds": self.loss.operator_seconds,
         }
         values |= phase.metrics()
-        values["perf/tokens_per_second"] = num_tokens / values["time/total_seconds"]
+        values["perf/tokens_per_second"] = values["loss/num_tokens"] / values["time/total_seconds"]
         if self.sink is not None:
             self.sink.record(self.step, values)
         return values

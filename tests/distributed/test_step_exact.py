@@ -76,11 +76,11 @@ def step_errors(
         weights = whole_weights(student)
         moved = {name: weights[name] - start for name, start in reference.initial.items()}
         expected = {n: reference.updated[n] - start for n, start in reference.initial.items()}
-        assert metrics["rollout/num_tokens"] == reference.num_tokens
+        assert metrics["loss/num_tokens"] == reference.num_tokens
         assert metrics["optim/skipped"] == 0
         norm = reference.grad_norm
         errors[kind] = {
-            "loss": abs(metrics["loss/total"] - reference.loss) / max(1, abs(reference.loss)),
+            "loss": abs(metrics["loss/mean"] - reference.loss) / max(1, abs(reference.loss)),
             "norm": abs(metrics["optim/grad_norm"] - norm) / norm,
             "gradient": worst_error(trainer.gradients, reference.gradients),
             "weights": worst_error(weights, reference.updated),
