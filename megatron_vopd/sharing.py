@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vopd.parallel import sum_over_world
 from megatron_vopd.rollout.engine import EngineError
 from megatron_vopd.types import FinishReason, Prompt, Rollout
 
@@ -63,6 +64,19 @@ def raise_together(error: Exception | None) -> None:
     for rank, message in enumerate(messages):
         if message is not None:
             raise EngineError(f"rank {rank}: {message}") from error
+
+
+def first_objection(objection: str, device: torch.device | str) -> str:
+    """The objection of the lowest rank that has one, the same on every rank; empty: none has.
+
+    One all-reduce of a number; texts travel only when there is one.
+    """
+    flag = torch.tensor([float(bool(objection))], dtype=torch.float64, device=device)
+    if not float(sum_over_world(flag)):
+        return ""
+    texts: list[str] = [""] * _world()
+    dist.all_gather_object(texts, objection)
+    return next(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
 
 
 def _encode(own: Sequence[Graded]) -> tuple[list[int], list[float]]:

@@ -17,7 +17,7 @@ import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
 import torch
@@ -29,11 +29,10 @@ from megatron_vopd.guard import StepGuard
 from megatron_vopd.loss import RowLoss
 from megatron_vopd.metrics import reduce_sums, rollout_metrics
 from megatron_vopd.packing import group_advantages, pack
-from megatron_vopd.parallel import sum_over_world
 from megatron_vopd.rollout.engine import Sampling
 from megatron_vopd.scoring import mean_entropy
 from megatron_vopd.settings import StepSettings
-from megatron_vopd.sharing import Graded
+from megatron_vopd.sharing import Graded, first_objection
 from megatron_vopd.student import Student, clip_gradients, learning_rate
 from megatron_vopd.teacher import Teacher, score
 from megatron_vopd.types import Prompt, Rollout
@@ -220,22 +219,17 @@ class Trainer:
         objection = self.guard.objection(loss, grad_norm)
         if not any(rollout.response_ids for rollout in rollouts):
             objection = "no response has a token"
+        objection = first_objection(objection, self.student.options.device)
         update = Update(grad_norm, learning_rate(optimizer), objection)
-        if self._anyone(bool(objection)):
-            update = replace(update, objection=objection or "another rank objected")
+        if objection:
             self._save_for_replay(rollouts, update)
-            self.guard.skip(self.step, update.objection)
+            self.guard.skip(self.step, objection)
         else:
             clip_gradients(optimizer, self.student.clip_grad, grad_norm)
             optimizer.step_with_ready_grads()
             self.guard.accept(grad_norm)
         self.student.scheduler.step(1)
         return update
-
-    def _anyone(self, flag: bool) -> bool:
-        device = self.student.options.device
-        flags = torch.tensor([float(flag)], dtype=torch.float64, device=device)
-        return float(sum_over_world(flags)) > 0
 
     def _save_for_replay(self, rollouts: Sequence[Rollout], update: Update) -> None:
         folder = self.settings.replay_dir
