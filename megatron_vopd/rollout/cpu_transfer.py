@@ -22,9 +22,8 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 
-from megatron_vopd.hf_mapping import hf_tensors
 from megatron_vopd.model_facts import facts_from_config
-from megatron_vopd.rollout.transfer import BACKEND, map_segment, read_tensors
+from megatron_vopd.rollout.transfer import BACKEND, expected_weights, map_segment, read_tensors
 
 
 def register() -> None:
@@ -48,15 +47,6 @@ class SegmentInfo(WeightTransferUpdateInfo):
     tensors: list[list[Any]]
 
 
-def expected_weights(hf_config: Any) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a push, the head of a tied model included."""
-    facts = facts_from_config(hf_config.to_dict())
-    expected = hf_tensors(facts)
-    if facts.tied:
-        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
-    return expected
-
-
 class SharedMemoryWeightTransfer(WeightTransferEngine[NoInit, SegmentInfo]):
     """Loads segments, each after verifying it; refuses to finish before every tensor has come."""
 
@@ -70,7 +60,8 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInit, SegmentInfo]):
         """Forget what is packed; expect every tensor of the model once."""
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
-        self._missing = expected_weights(self.model_config.hf_config)
+        facts = facts_from_config(self.model_config.hf_config.to_dict())
+        self._missing = expected_weights(facts)
         for module in self.model.modules():
             method = getattr(module, "quant_method", None)
             if getattr(method, "moe_kernel", None) is not None:

@@ -12,7 +12,6 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
 import xxhash
 from torch import Tensor, uint8
@@ -28,7 +27,8 @@ from megatron_vopd.rollout.engine import (
 )
 from megatron_vopd.types import Prompt, Rollout
 
-Fault = Literal[
+Fault = str  # one of FAULTS
+FAULTS = (
     "empty",
     "one_token",
     "too_long",
@@ -45,8 +45,7 @@ Fault = Literal[
     "swapped_responses",
     "not_sampled",
     "positive_logprob",
-]
-FAULTS: tuple[Fault, ...] = Fault.__args__
+)
 
 
 class ScriptedEngine:
@@ -73,6 +72,7 @@ class ScriptedEngine:
         self.num_generations = self.num_pushes = 0
         self.is_asleep = self.is_closed = False
         self._faults = dict(faults or {})
+        assert set(self._faults.values()) <= set(FAULTS), faults
         self._push_faults = set(push_faults)
 
     def generate(
@@ -131,8 +131,8 @@ class ScriptedEngine:
         for name, tensor in tensors:
             if number in self._push_faults and count == 1:
                 raise EngineError("scripted engine, push: as asked for")
-            digest.update(name)
-            digest.update(tensor.detach().contiguous().view(-1).view(uint8).numpy())
+            digest.update(name.encode())
+            digest.update(tensor.detach().contiguous().view(-1).view(uint8).numpy().data)
             num_bytes += tensor.nbytes
             count += 1
         self.digest, self.policy_version = digest.hexdigest(), policy_version
@@ -172,7 +172,8 @@ def _misbehave(
 ) -> list[Rollout]:
     """One fault, in the first rollout or between the first and the last."""
     first, last, middle = rollouts[0], rollouts[-1], rollouts[1:-1]
-    ids, logprobs = first.response_ids, first.rollout_logprobs or ()
+    ids = first.response_ids
+    logprobs: tuple[float, ...] = first.rollout_logprobs or ()
 
     def with_response(new_ids: tuple[int, ...], new_logprobs: tuple | None) -> list[Rollout]:
         changed = replace(first, response_ids=new_ids, rollout_logprobs=new_logprobs)

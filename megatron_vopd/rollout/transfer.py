@@ -28,6 +28,8 @@ import torch
 import xxhash
 from torch import Tensor
 
+from megatron_vopd.hf_mapping import hf_tensors
+from megatron_vopd.model_facts import ModelFacts
 from megatron_vopd.rollout.engine import EngineError
 
 BACKEND = "megatron_vopd_shm"
@@ -50,6 +52,14 @@ class Sent:
 
     num_bytes: int
     num_tensors: int
+
+
+def expected_weights(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of a push in its order, the head of a tied model included."""
+    expected = hf_tensors(facts)
+    if facts.tied:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    return expected
 
 
 def layer_key(name: str) -> str:

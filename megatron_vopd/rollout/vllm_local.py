@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing import Pipe
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +73,7 @@ class LocalEngine:
         self.generation: GenerationReport | None = None
         self.num_starts = 0
         self._process: subprocess.Popen | None = None
-        self._connection: Connection | None = None
+        self._connection: Any = None  # multiprocessing's Connection
         self._asleep = False
 
     # -- the child ---------------------------------------------------------------------------
