@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from vllm.distributed.weight_transfer.base import (
+from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMissingImports]
     WeightTransferEngine,
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
-from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory  # pyright: ignore[reportMissingImports]
 
 from megatron_vopd.model_facts import facts_from_config
 from megatron_vopd.rollout.transfer import BACKEND, expected_weights, map_segment, read_tensors
@@ -58,12 +58,12 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInit, SegmentInfo]):
 
     def start_weight_update(self) -> None:
         """Forget what is packed; expect every tensor of the model once."""
-        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload  # pyright: ignore[reportMissingImports]
 
         facts = facts_from_config(self.model_config.hf_config.to_dict())
         self._missing = expected_weights(facts)
         for module in self.model.modules():
-            method = getattr(module, "quant_method", None)
+            method: Any = getattr(module, "quant_method", None)
             if getattr(method, "moe_kernel", None) is not None:
                 method.moe_kernel = None
         initialize_layerwise_reload(self.model)
@@ -80,7 +80,8 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInit, SegmentInfo]):
         for name, tensor in read_tensors(data, update_info.tensors, self._missing, dtype):
             del self._missing[name]
             verified.append((name, tensor))
-        self.model.load_weights(iter(verified))
+        model: Any = self.model
+        model.load_weights(iter(verified))
 
     def finish_weight_update(self) -> None:
         """Pack what is loaded.
@@ -88,7 +89,7 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInit, SegmentInfo]):
         Raises:
             ValueError: a tensor did not come.
         """
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload  # pyright: ignore[reportMissingImports]
 
         if self._missing:
             raise ValueError(

@@ -23,8 +23,8 @@ class Host:
     """Commands by name; see `main`."""
 
     def __init__(self, connection: Connection, settings: dict[str, Any]) -> None:
-        from vllm import LLM
-        from vllm.config import WeightTransferConfig
+        from vllm import LLM  # pyright: ignore[reportMissingImports]
+        from vllm.config import WeightTransferConfig  # pyright: ignore[reportMissingImports]
 
         from megatron_vopd.rollout.cpu_transfer import register
 
@@ -74,7 +74,7 @@ class Host:
         self, prompts: list[list[int]], requests: list[tuple[int, int]], options: dict[str, Any]
     ) -> list[tuple[list[int], list[float], str]]:
         """Sample; (prompt number, seed) of each request -> (ids, log-probs, finish reason)."""
-        from vllm import SamplingParams
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         # Exactly the given ids end a response: vLLM adds those of the model's folder otherwise.
         jobs = [
@@ -96,7 +96,7 @@ class Host:
         The last id is scored first and by sampling: it reads the cache, where scoring a prompt
         computes everything anew, and then leaves what it computed in the cache.
         """
-        from vllm import SamplingParams
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         last_jobs, whole_jobs = [], []
         for ids in sequences:

@@ -57,7 +57,7 @@ def send_by_ipc(
     Args:
         client: vLLM's `VLLMWeightSyncClient`, whose channel carries Python objects.
     """
-    from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_producer
+    from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_producer  # pyright: ignore[reportMissingImports]
 
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     counted = Counted(tensors, dtype)
@@ -97,7 +97,7 @@ class StreamSource:
 
     def metadata(self) -> list[Any]:
         """What the walk will yield."""
-        from vllm.distributed.weight_transfer.base import ParamMeta
+        from vllm.distributed.weight_transfer.base import ParamMeta  # pyright: ignore[reportMissingImports]
 
         return [ParamMeta(name, self.dtype, shape) for name, shape in self.expected.items()]
 
@@ -115,7 +115,7 @@ class NcclSender:
     """
 
     def __init__(self, client: Any, address: str, port: int, num_workers: int) -> None:
-        from vllm.distributed.weight_transfer.nccl_engine import (
+        from vllm.distributed.weight_transfer.nccl_engine import (  # pyright: ignore[reportMissingImports]
             NCCLTrainerInitInfo,
             NCCLTrainerWeightTransferEngine,
         )
