@@ -2,7 +2,7 @@
 
 Each prompt has a distribution of its own, from which every token of its responses is drawn, so that
 `logprobs` can say of any response whether it belongs to a prompt. The engine holds no weights, only
-a digest of those it was given. It stands in for vLLM where a test is about what surrounds an
+digests of those it was given. It stands in for vLLM where a test is about what surrounds an
 engine, never as the proof that an engine works.
 """
 
@@ -13,8 +13,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
-import xxhash
-from torch import Tensor, uint8
+from torch import Tensor
 
 from megatron_vopd.rollout.engine import (
     EngineError,
@@ -25,6 +24,7 @@ from megatron_vopd.rollout.engine import (
     generation_report,
     response_seed,
 )
+from megatron_vopd.rollout.transfer import digest
 from megatron_vopd.types import Prompt, Rollout
 
 Fault = str  # one of FAULTS
@@ -51,6 +51,9 @@ FAULTS = (
 class ScriptedEngine:
     """See the module docstring.
 
+    Attributes:
+        weights: name -> digest of every tensor of the last push.
+
     Args:
         vocab_size: ids are drawn from 0 <= id < vocab_size.
         faults: number of a `generate` call (from 0) -> what goes wrong in it.
@@ -68,7 +71,7 @@ class ScriptedEngine:
         self.vocab_size = vocab_size
         self.policy_version: int | None = None
         self.generation: GenerationReport | None = None
-        self.digest = ""
+        self.weights: dict[str, str] = {}
         self.num_generations = self.num_pushes = 0
         self.is_asleep = self.is_closed = False
         self._faults = dict(faults or {})
@@ -123,20 +126,18 @@ class ScriptedEngine:
     def update_weights(
         self, tensors: Iterable[tuple[str, Tensor]], policy_version: int
     ) -> PushReport:
-        """Keep a digest of names and values."""
+        """Keep a digest of each tensor."""
         number = self.num_pushes
         self.num_pushes += 1
         self.policy_version = None
-        digest, num_bytes, count = xxhash.xxh3_128(), 0, 0
+        weights, num_bytes = {}, 0
         for name, tensor in tensors:
-            if number in self._push_faults and count == 1:
-                raise EngineError("scripted engine, push: as asked for")
-            digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().view(-1).view(uint8).numpy().data)
+            if number in self._push_faults and weights:
+                raise EngineError("scripted engine, push: fails as asked for")
+            weights[name] = digest(tensor.detach().contiguous())
             num_bytes += tensor.nbytes
-            count += 1
-        self.digest, self.policy_version = digest.hexdigest(), policy_version
-        return PushReport(policy_version, num_bytes, 0.0, count)
+        self.weights, self.policy_version = weights, policy_version
+        return PushReport(policy_version, num_bytes, 0.0, len(weights))
 
     def probe_logprobs(
         self, sequences: Sequence[Sequence[int]], replica: int = 0
