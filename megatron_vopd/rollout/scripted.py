@@ -2,7 +2,7 @@
 
 Each prompt has a distribution of its own, from which every token of its responses is drawn, so that
 `logprobs` can say of any response whether it belongs to a prompt. The engine holds no weights, only
-a digest of those it was given. It stands in for vLLM where a test is about what surrounds an
+digests of those it was given. It stands in for vLLM where a test is about what surrounds an
 engine, never as the proof that an engine works.
 """
 
@@ -12,10 +12,8 @@ import math
 import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Literal
 
-import xxhash
-from torch import Tensor, uint8
+from torch import Tensor
 
 from megatron_vopd.rollout.engine import (
     EngineError,
@@ -26,9 +24,11 @@ from megatron_vopd.rollout.engine import (
     generation_report,
     response_seed,
 )
+from megatron_vopd.rollout.transfer import digest
 from megatron_vopd.types import Prompt, Rollout
 
-Fault = Literal[
+Fault = str  # one of FAULTS
+FAULTS = (
     "empty",
     "one_token",
     "too_long",
@@ -45,12 +45,14 @@ Fault = Literal[
     "swapped_responses",
     "not_sampled",
     "positive_logprob",
-]
-FAULTS: tuple[Fault, ...] = Fault.__args__
+)
 
 
 class ScriptedEngine:
     """See the module docstring.
+
+    Attributes:
+        weights: name -> digest of every tensor of the last push.
 
     Args:
         vocab_size: ids are drawn from 0 <= id < vocab_size.
@@ -69,10 +71,11 @@ class ScriptedEngine:
         self.vocab_size = vocab_size
         self.policy_version: int | None = None
         self.generation: GenerationReport | None = None
-        self.digest = ""
+        self.weights: dict[str, str] = {}
         self.num_generations = self.num_pushes = 0
         self.is_asleep = self.is_closed = False
         self._faults = dict(faults or {})
+        assert set(self._faults.values()) <= set(FAULTS), faults
         self._push_faults = set(push_faults)
 
     def generate(
@@ -123,20 +126,18 @@ class ScriptedEngine:
     def update_weights(
         self, tensors: Iterable[tuple[str, Tensor]], policy_version: int
     ) -> PushReport:
-        """Keep a digest of names and values."""
+        """Keep a digest of each tensor."""
         number = self.num_pushes
         self.num_pushes += 1
         self.policy_version = None
-        digest, num_bytes, count = xxhash.xxh3_128(), 0, 0
+        weights, num_bytes = {}, 0
         for name, tensor in tensors:
-            if number in self._push_faults and count == 1:
-                raise EngineError("scripted engine, push: as asked for")
-            digest.update(name)
-            digest.update(tensor.detach().contiguous().view(-1).view(uint8).numpy())
+            if number in self._push_faults and weights:
+                raise EngineError("scripted engine, push: fails as asked for")
+            weights[name] = digest(tensor.detach().contiguous())
             num_bytes += tensor.nbytes
-            count += 1
-        self.digest, self.policy_version = digest.hexdigest(), policy_version
-        return PushReport(policy_version, num_bytes, 0.0, count)
+        self.weights, self.policy_version = weights, policy_version
+        return PushReport(policy_version, num_bytes, 0.0, len(weights))
 
     def probe_logprobs(
         self, sequences: Sequence[Sequence[int]], replica: int = 0
@@ -172,7 +173,9 @@ def _misbehave(
 ) -> list[Rollout]:
     """One fault, in the first rollout or between the first and the last."""
     first, last, middle = rollouts[0], rollouts[-1], rollouts[1:-1]
-    ids, logprobs = first.response_ids, first.rollout_logprobs or ()
+    ids = first.response_ids
+    assert first.rollout_logprobs is not None
+    logprobs = first.rollout_logprobs
 
     def with_response(new_ids: tuple[int, ...], new_logprobs: tuple | None) -> list[Rollout]:
         changed = replace(first, response_ids=new_ids, rollout_logprobs=new_logprobs)
