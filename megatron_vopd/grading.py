@@ -21,6 +21,8 @@ from megatron_vopd.types import Prompt, UserError
 
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 5.0
+# What is sent at once must fit into the pipe (64 KiB), or the write could wait for ever.
+_MAX_REFERENCE, _MAX_TEXT = 2000, 8000
 
 
 class GradingError(RuntimeError):
@@ -62,7 +64,9 @@ class Grader:
         reference, text = reference_of(prompt.answer), conclusion(response_text)
         if is_same_text(reference, text):
             return 1.0
-        return float(is_mathematical(reference) and self._is_equal(reference, text))
+        if not is_mathematical(reference) or len(reference) > _MAX_REFERENCE:
+            return 0.0
+        return float(self._is_equal(reference, text[-_MAX_TEXT:]))
 
     def close(self) -> None:
         """End the worker. May be called twice."""
@@ -77,9 +81,9 @@ class Grader:
     def _is_equal(self, reference: str, response: str) -> bool:
         worker = self._worker = self._worker or _started()
         assert worker.stdin is not None
-        request = json.dumps([reference, response, self._limit]) + "\n"
+        request = json.dumps([reference, response, self._limit], ensure_ascii=False) + "\n"
         try:
-            worker.stdin.write(request.encode())
+            worker.stdin.write(request.encode(errors="replace"))
             worker.stdin.flush()
             answer = _read_line(worker, self._limit + _GRACE_SECONDS)
         except BrokenPipeError:
