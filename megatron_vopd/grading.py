@@ -17,7 +17,7 @@ import time
 from collections.abc import Sequence
 
 from megatron_vopd.final_answer import conclusion, is_mathematical, is_same_text, reference_of
-from megatron_vopd.types import Prompt, UserError
+from megatron_vopd.types import Prompt, Rollout, UserError
 
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 5.0
@@ -167,3 +167,40 @@ def group_normalised(grades_G: Sequence[float]) -> list[float]:
     if max(grades_G) == min(grades_G):
         return [0.0] * len(grades_G)
     return [(grade - mean) / math.sqrt(variance) for grade in grades_G]
+
+
+def task_rewards(rollouts: Sequence[Rollout], grades: Sequence[float]) -> list[float]:
+    """`group_normalised` within each prompt's rollouts, in the order of `rollouts`.
+
+    Args:
+        rollouts: by prompt, then by sample, as an engine returns them; sample 0 begins a group.
+        grades: of each rollout.
+    """
+    groups: list[list[float]] = []
+    for rollout, grade in zip(rollouts, grades, strict=True):
+        if rollout.sample == 0 or not groups:
+            groups.append([])
+        groups[-1].append(grade)
+    return [reward for grades_G in groups for reward in group_normalised(grades_G)]
+
+
+def evaluation_metrics(
+    task: str, rollouts: Sequence[Rollout], grades: Sequence[float], samples: int, k: int
+) -> dict[str, float]:
+    """`eval/<task>/{avg@samples,pass@k,length}` of one task's rollouts.
+
+    Args:
+        rollouts, grades: as in `task_rewards`, with `samples` rollouts of each prompt.
+    """
+    if len(rollouts) != len(grades) or len(grades) % samples:
+        raise ValueError(
+            f"expected a grade for each of {samples} rollouts per prompt, got {len(grades)} grades "
+            f"for {len(rollouts)} rollouts"
+        )
+    grades_PG = [grades[start : start + samples] for start in range(0, len(grades), samples)]
+    num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    return {
+        f"eval/{task}/avg@{samples}": avg_at_k(grades_PG),
+        f"eval/{task}/pass@{k}": pass_at_k(grades_PG, k),
+        f"eval/{task}/length": num_tokens / len(rollouts) if rollouts else math.nan,
+    }

@@ -19,7 +19,7 @@ from megatron_vopd.metrics_file import METRICS_NAME, Recorded, read_metrics
 from megatron_vopd.types import UserError
 
 REPORT_NAME = "report.html"
-_MAX_POINTS = 400
+_MAX_POINTS, _MAX_HOVERS, _FEW_POINTS = 400, 100, 30
 _WIDTH, _HEIGHT = 460, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 26
 _COLOURS = ("#3b6fd4", "#d1603d", "#3a9a6a", "#9457c9", "#b3842a", "#c2457f", "#4f9fb5", "#777777")
@@ -136,15 +136,15 @@ def _axes(frame: _Frame) -> Iterable[str]:
 
 
 def _path(curve: Curve, frame: _Frame, colour: str) -> Iterable[str]:
-    points = thinned(curve.points, _MAX_POINTS)
-    places = [(f"{frame.x(x):.1f}", f"{frame.y(y):.1f}") for x, y in points]
-    line = " ".join(f"{x},{y}" for x, y in places)
+    drawn = thinned(curve.points, _MAX_POINTS)
+    line = " ".join(f"{frame.x(x):.1f},{frame.y(y):.1f}" for x, y in drawn)
     yield f'<polyline points="{line}" stroke="{colour}"/>'
     name = html.escape(curve.name)
-    for (x, y), (step, value) in zip(places, points, strict=True):
-        alone = ' class="alone"' if len(points) <= 30 else ""
-        title = f"<title>{name} at step {number(step)}: {number(value)}</title>"
-        yield f'<circle{alone} cx="{x}" cy="{y}" r="3" fill="{colour}">{title}</circle>'
+    alone = ' class="alone"' if len(curve.points) <= _FEW_POINTS else ""
+    for x, y in thinned(curve.points, _MAX_HOVERS):
+        place = f'cx="{frame.x(x):.1f}" cy="{frame.y(y):.1f}" r="3" fill="{colour}"'
+        title = f"<title>{name} at step {number(x)}: {number(y)}</title>"
+        yield f"<circle{alone} {place}>{title}</circle>"
 
 
 def chart(title: str, unit: str, drawn: Sequence[Curve]) -> str:

@@ -13,8 +13,15 @@ from collections.abc import Iterator
 import pytest
 
 from megatron_vopd.final_answer import final_answer, last_boxed
-from megatron_vopd.grading import Grader, avg_at_k, group_normalised, pass_at_k
-from megatron_vopd.types import Prompt, UserError
+from megatron_vopd.grading import (
+    Grader,
+    avg_at_k,
+    evaluation_metrics,
+    group_normalised,
+    pass_at_k,
+    task_rewards,
+)
+from megatron_vopd.types import Prompt, Rollout, UserError
 
 
 @pytest.fixture(scope="module")
@@ -148,3 +155,21 @@ def test_group_normalised_rewards() -> None:
         spread = sum(value**2 for value in normalised) / 4
         assert spread == pytest.approx(0 if len(set(grades)) == 1 else 1)
     assert group_normalised([0.1] * 3) == [0.0] * 3 and group_normalised([]) == []
+
+
+def test_rewards_and_evaluation_of_rollouts() -> None:
+    shared = prompt("4")  # the same prompt twice in one step is two groups
+    rollouts = [
+        Rollout(shared, sample, (1,) * length, None, "stop", 0)
+        for sample, length in ((0, 1), (1, 2), (0, 3), (1, 6))
+    ]
+    assert task_rewards(rollouts, [1.0, 0.0, 1.0, 1.0]) == [1.0, -1.0, 0.0, 0.0]
+    assert evaluation_metrics("m", rollouts, [1.0, 0.0, 0.0, 0.0], samples=2, k=2) == {
+        "eval/m/avg@2": 0.25,
+        "eval/m/pass@2": 0.5,
+        "eval/m/length": 3.0,
+    }
+    with pytest.raises(ValueError, match="3 grades for 4 rollouts"):
+        evaluation_metrics("m", rollouts, [1.0] * 3, samples=2, k=2)
+    with pytest.raises(ValueError, match=r"zip\(\)"):
+        task_rewards(rollouts, [1.0])
