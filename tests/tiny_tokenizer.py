@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
@@ -18,14 +18,21 @@ TEMPLATE = (
 )
 
 
-def save_tokenizer(folder: Path, template: str | None = TEMPLATE, eos: str = "<|im_end|>") -> Path:
-    """Write the tokenizer's files into `folder`, made when absent."""
+def save_tokenizer(folder: Path, template: str | None = TEMPLATE, begins: bool = False) -> Path:
+    """Write the tokenizer's files into `folder`, made when absent.
+
+    Args:
+        begins: plain text begins with <|endoftext|>, as Llama's begins with its own token.
+    """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(list(SPECIALS))
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=eos)
+    if begins:
+        begin = (SPECIALS[0], ENDOFTEXT)
+        tokenizer.post_processor = processors.TemplateProcessing(f"{begin[0]} $0", None, [begin])
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=SPECIALS[2])
     fast.chat_template = template
     fast.save_pretrained(folder)
     return folder

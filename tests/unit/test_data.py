@@ -105,6 +105,17 @@ def test_rendering(model: Path, chat: PromptTokenizer, plain: PromptTokenizer) -
     assert chat.encoded([chat.rendered(conversation, "x")])[0] == direct
 
 
+def test_a_beginning_token_only_where_no_template_writes_it(tmp_path: Path, model: Path) -> None:
+    folder = save_tokenizer(shutil.copytree(model, tmp_path / "m"), begins=True)
+    chat, plain = (
+        PromptTokenizer.of(StudentSection(path=str(folder), chat_template=choice))
+        for choice in ("tokenizer", "none")
+    )
+    begins = [tokenizer.encoded(["ab"])[0][0] == ENDOFTEXT for tokenizer in (chat, plain)]
+    assert begins == [False, True]
+    assert plain.encoded_response("ab") == plain.encoded(["ab"])[0][1:]
+
+
 def test_templates(tmp_path: Path, model: Path) -> None:
     def of(choice: str, folder: Path = model) -> PromptTokenizer:
         return PromptTokenizer.of(StudentSection(path=str(folder), chat_template=choice))
