@@ -61,19 +61,24 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def answer_of(record: Record, field: str, needed: bool) -> str | None:
+    """The reference answer; None when nothing needs it and the field holds none.
+
+    Raises:
+        DataError: it is needed, and missing, blank, or neither text nor a number.
+    """
     value = record.fields.get(field)
-    where = f"{record.name} {field}"
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
-    if value is None and not needed:
+    if isinstance(value, str) and value.strip():
+        return value
+    if not needed:
         return None
+    where = f"{record.name} {field}"
     if value is None:
         remedy = "add it, or set data.answer_field"
         raise DataError(where, "no such field", "the reference answer", remedy)
-    if not isinstance(value, str) or (needed and not value.strip()):
-        expected = "the reference answer as text or a number"
-        raise DataError(where, shown(value), expected, "correct the record")
-    return value
+    expected = "the reference answer as text or a number"
+    raise DataError(where, shown(value), expected, "correct the record")
 
 
 def teacher_of(record: Record, config: Config) -> str:

@@ -55,8 +55,6 @@ BAD_LINES = [
         b'{"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}',
         ["a.jsonl:2 prompt", "ends with the assistant"],
     ),
-    (b'{"prompt": "a", "answer": true}', ["a.jsonl:2 answer", "True"]),
-    (b'{"prompt": "a", "answer": ["b"]}', ["a.jsonl:2 answer"]),
 ]
 
 
@@ -191,6 +189,11 @@ def test_evaluation_needs_answers(tmp_path: Path, chat: PromptTokenizer) -> None
     assert list(read) == ["math500"] and read["math500"].prompts[3].answer == "6"
     config = config_of(data__evaluation={"m": good, "b": bad})
     refused(lambda: load_evaluation_prompts(config, chat), "bad.jsonl:6 answer", "answer_field")
+    for answer in (True, ["b"], " "):
+        odd = write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "a", "answer": answer}])
+        config = config_of(data__evaluation=odd)
+        refused(lambda c=config: load_evaluation_prompts(c, chat), "odd.jsonl:1 answer", "or a num")
+        assert load_prompts(odd, "data.train", config_of(), chat).prompts[0].answer is None
     rewarded = config_of(objective__task_reward_weight=1.0, rollout__samples_per_prompt=2)
     refused(lambda: load_prompts(bad, "data.train", rewarded, chat), "bad.jsonl:6 answer")
     assert evaluation_paths("HuggingFaceH4/MATH-500") == {"MATH-500": "HuggingFaceH4/MATH-500"}
