@@ -12,6 +12,7 @@ Conversation = str | list[dict[str, Any]]
 
 
 def conversation_of(record: Record, field: str) -> Conversation:
+    """The prompt: text, or chat messages with role and content; raises DataError."""
     where = f"{record.name} {field}"
     value = record.fields.get(field)
     if value is None:
@@ -82,7 +83,7 @@ def answer_of(record: Record, field: str, needed: bool) -> str | None:
 
 
 def teacher_of(record: Record, config: Config) -> str:
-    """Key of the teacher that scores the record."""
+    """Key of the teacher that scores the record; raises DataError for an unknown name."""
     keys = list(config.named_teachers)
     field = config.data.teacher_field
     if len(keys) < 2 or field is None:
