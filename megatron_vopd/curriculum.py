@@ -260,7 +260,10 @@ def _stage_of(length: int, ladder: Sequence[int]) -> int:
 
 
 def _metrics(stage: int, max_response_tokens: int, entropy: float | None) -> dict[str, float]:
-    result = {"curriculum/stage": stage, "curriculum/max_response_tokens": max_response_tokens}
+    result: dict[str, float] = {
+        "curriculum/stage": stage,
+        "curriculum/max_response_tokens": max_response_tokens,
+    }
     return result if entropy is None else {**result, "curriculum/entropy": entropy}
 
 

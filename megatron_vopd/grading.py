@@ -17,10 +17,12 @@ import time
 from collections.abc import Sequence
 
 from megatron_vopd.final_answer import conclusion, is_mathematical, is_same_text, reference_of
-from megatron_vopd.types import Prompt, UserError
+from megatron_vopd.types import Prompt, Rollout, UserError
 
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 5.0
+# What is sent at once must fit into the pipe (64 KiB), or the write could wait for ever.
+_MAX_REFERENCE, _MAX_TEXT = 2000, 8000
 
 
 class GradingError(RuntimeError):
@@ -62,7 +64,9 @@ class Grader:
         reference, text = reference_of(prompt.answer), conclusion(response_text)
         if is_same_text(reference, text):
             return 1.0
-        return float(is_mathematical(reference) and self._is_equal(reference, text))
+        if not is_mathematical(reference) or len(reference) > _MAX_REFERENCE:
+            return 0.0
+        return float(self._is_equal(reference, text[-_MAX_TEXT:]))
 
     def close(self) -> None:
         """End the worker. May be called twice."""
@@ -77,9 +81,9 @@ class Grader:
     def _is_equal(self, reference: str, response: str) -> bool:
         worker = self._worker = self._worker or _started()
         assert worker.stdin is not None
-        request = json.dumps([reference, response, self._limit]) + "\n"
+        request = json.dumps([reference, response, self._limit], ensure_ascii=False) + "\n"
         try:
-            worker.stdin.write(request.encode())
+            worker.stdin.write(request.encode(errors="replace"))
             worker.stdin.flush()
             answer = _read_line(worker, self._limit + _GRACE_SECONDS)
         except BrokenPipeError:
@@ -163,3 +167,40 @@ def group_normalised(grades_G: Sequence[float]) -> list[float]:
     if max(grades_G) == min(grades_G):
         return [0.0] * len(grades_G)
     return [(grade - mean) / math.sqrt(variance) for grade in grades_G]
+
+
+def task_rewards(rollouts: Sequence[Rollout], grades: Sequence[float]) -> list[float]:
+    """`group_normalised` within each prompt's rollouts, in the order of `rollouts`.
+
+    Args:
+        rollouts: by prompt, then by sample, as an engine returns them; sample 0 begins a group.
+        grades: of each rollout.
+    """
+    groups: list[list[float]] = []
+    for rollout, grade in zip(rollouts, grades, strict=True):
+        if rollout.sample == 0 or not groups:
+            groups.append([])
+        groups[-1].append(grade)
+    return [reward for grades_G in groups for reward in group_normalised(grades_G)]
+
+
+def evaluation_metrics(
+    task: str, rollouts: Sequence[Rollout], grades: Sequence[float], samples: int, k: int
+) -> dict[str, float]:
+    """`eval/<task>/{avg@samples,pass@k,length}` of one task's rollouts.
+
+    Args:
+        rollouts, grades: as in `task_rewards`, with `samples` rollouts of each prompt.
+    """
+    if len(rollouts) != len(grades) or len(grades) % samples:
+        raise ValueError(
+            f"expected a grade for each of {samples} rollouts per prompt, got {len(grades)} grades "
+            f"for {len(rollouts)} rollouts"
+        )
+    grades_PG = [grades[start : start + samples] for start in range(0, len(grades), samples)]
+    num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    return {
+        f"eval/{task}/avg@{samples}": avg_at_k(grades_PG),
+        f"eval/{task}/pass@{k}": pass_at_k(grades_PG, k),
+        f"eval/{task}/length": num_tokens / len(rollouts) if rollouts else math.nan,
+    }

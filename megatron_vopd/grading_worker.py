@@ -34,7 +34,7 @@ def main() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     is_equal("1", "$1$")
     print("ready", flush=True)
-    for line in sys.stdin:
+    for line in sys.stdin.buffer:
         reference, response, seconds = json.loads(line)
         signal.setitimer(signal.ITIMER_REAL, seconds)
         try:

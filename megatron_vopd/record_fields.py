@@ -12,6 +12,7 @@ Conversation = str | list[dict[str, Any]]
 
 
 def conversation_of(record: Record, field: str) -> Conversation:
+    """The prompt: text, or chat messages with role and content; raises DataError."""
     where = f"{record.name} {field}"
     value = record.fields.get(field)
     if value is None:
@@ -61,23 +62,28 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 
 def answer_of(record: Record, field: str, needed: bool) -> str | None:
+    """The reference answer; None when nothing needs it and the field holds none.
+
+    Raises:
+        DataError: it is needed, and missing, blank, or neither text nor a number.
+    """
     value = record.fields.get(field)
-    where = f"{record.name} {field}"
     if isinstance(value, int | float) and not isinstance(value, bool):
         value = str(value)
-    if value is None and not needed:
+    if isinstance(value, str) and value.strip():
+        return value
+    if not needed:
         return None
+    where = f"{record.name} {field}"
     if value is None:
         remedy = "add it, or set data.answer_field"
         raise DataError(where, "no such field", "the reference answer", remedy)
-    if not isinstance(value, str) or (needed and not value.strip()):
-        expected = "the reference answer as text or a number"
-        raise DataError(where, shown(value), expected, "correct the record")
-    return value
+    expected = "the reference answer as text or a number"
+    raise DataError(where, shown(value), expected, "correct the record")
 
 
 def teacher_of(record: Record, config: Config) -> str:
-    """Key of the teacher that scores the record."""
+    """Key of the teacher that scores the record; raises DataError for an unknown name."""
     keys = list(config.named_teachers)
     field = config.data.teacher_field
     if len(keys) < 2 or field is None:

@@ -72,17 +72,20 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
             where = f"{name}:{number}"
             try:
                 value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-            except (ValueError, RecursionError) as error:
-                reason = error.msg if isinstance(error, json.JSONDecodeError) else "unreadable text"
-                column = f" at column {error.colno}" if hasattr(error, "colno") else ""
-                raise DataError(
-                    where, f"{reason}{column}", "one JSON object a line", "correct this line"
-                ) from None
+            except json.JSONDecodeError as error:
+                got = f"{error.msg} at column {error.colno}"
+                raise _bad_line(where, got) from None
+            except (ValueError, RecursionError):
+                raise _bad_line(where, "text that is not readable") from None
             if not isinstance(value, dict):
                 raise DataError(
                     where, shown(value), "a JSON object", 'write {"prompt": ...} on each line'
                 )
             yield Record(where, value)
+
+
+def _bad_line(where: str, got: str) -> DataError:
+    return DataError(where, got, "one JSON object a line, in UTF-8", "correct this line")
 
 
 def _read_parquet(path: Path, key: str) -> Iterator[Record]:

@@ -75,7 +75,7 @@ class Display:
             columns = (
                 BarColumn(bar_width=20),
                 MofNCompleteColumn(),
-                TextColumn("{task.fields[at]}"),
+                TextColumn("{task.fields[at]}", markup=False),
             )
             self._bar = Progress(*columns, console=Console(file=out, highlight=False, markup=False))
             self._task = self._bar.add_task("", total=total_steps, completed=last_step, at="")
