@@ -199,4 +199,21 @@ def _updated(
         start = parameter.detach()
         updated[name] = start * (1 - adam.learning_rate * decay) - adam.learning_rate * direction
     initial = {name: p.detach().clone() for name, p in parameters.items()}
+    named = (_as_on_disk(tensors) for tensors in (gradients, updated, initial))
+    gradients, updated, initial = named
     return Reference(loss, num_tokens, gradients, norm, updated, initial, statistics)
+
+
+def _as_on_disk(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Experts by themselves, as checkpoints hold them; transformers stacks them in memory."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):
+            found[name] = tensor
+            continue
+        stem, kind = name.rsplit(".", 1)
+        for expert, weight in enumerate(tensor):
+            names = ("gate_proj", "up_proj") if kind == "gate_up_proj" else ("down_proj",)
+            for part_name, part in zip(names, weight.chunk(len(names)), strict=True):
+                found[f"{stem}.{expert}.{part_name}.weight"] = part
+    return found
