@@ -1,10 +1,11 @@
 """The responses of a step: sampled by the leaders' engines, given with the data, or both.
 
 Every rank draws the same prompts. Data-parallel leader d asks its engine for prompts d, d + dp, ...
-and grades the answers; then all ranks share them. With `max_staleness: 1` the leaders' engines
+and grades the answers; then all ranks share them. When an engine fails, all ranks push the current
+weights again, which starts it anew, and ask once more: responses have seeds of their own, so the
+answer is what it would have been. With `max_staleness: 1` the leaders' engines
 sample the next step's responses while the current one trains, in a thread that only waits for the
-engine's process: no megatron-core and no collective leaves the main thread. Weights may be pushed
-only after `settle`.
+engine's process: no megatron-core and no collective leaves the main thread. A push waits for it.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ class ResponseSource(Protocol):
 
 
 Grader = Callable[[Rollout], float]
+Push = Callable[[int], Any]  # policy version -> report; a collective that restarts dead engines
+Answer = list[tuple[Rollout, float]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,7 @@ class RolloutCollector:
         engine: of this rank when it is a data-parallel leader, else None.
         responses: given responses, where the settings ask for some.
         grader: rollout -> grade, called on the leaders; None: no grades.
+        push: gives all engines the student's weights under a version; None: no engine.
         vocab_size: ids that may be trained on: those that student and teachers share.
     """
 
@@ -70,10 +74,11 @@ class RolloutCollector:
         device: str,
         responses: ResponseSource | None = None,
         grader: Grader | None = None,
+        push: Push | None = None,
     ) -> None:
         self._groups, self._engine, self._settings = groups, engine, settings
         self._prompts, self._responses, self._grader = prompts, responses, grader
-        self._vocab_size, self._device = vocab_size, device
+        self._vocab_size, self._device, self._push = vocab_size, device, push
         self._flight: _Flight | None = None
         self._ready: list[Graded] | None = None
 
@@ -108,6 +113,12 @@ class RolloutCollector:
         deadline = self._settings.deadline_seconds + GRACE_SECONDS
         self._ready = self._shared(flight.request, lambda: flight.result(deadline), policy_version)
 
+    def push(self, policy_version: int) -> None:
+        """Give the engines the student's weights, once nothing is sampled from the old ones."""
+        self.settle(policy_version)
+        if self._push is not None:
+            self._push(policy_version)
+
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int
     ) -> list[Rollout]:
@@ -141,7 +152,7 @@ class RolloutCollector:
     def _collect(self, request: Request, policy_version: int) -> list[Graded]:
         return self._shared(request, lambda: self._generate(request), policy_version)
 
-    def _generate(self, request: Request) -> list[tuple[Rollout, float]]:
+    def _generate(self, request: Request) -> Answer:
         """This leader's share of the answers, with grades; also called in a thread."""
         own = self._own_prompts(request)
         if not own:
@@ -156,8 +167,18 @@ class RolloutCollector:
         is_leader = (at.tp, at.cp, at.pp) == (0, 0, 0)
         return request.prompts[at.dp :: self._groups.layout.dp] if is_leader else []
 
-    def _shared(
-        self, request: Request, answer: Callable[[], list[tuple[Rollout, float]]], version: int
+    def _shared(self, request: Request, answer: Callable[[], Answer], version: int) -> list[Graded]:
+        """Every rank's answers in order; after a failure from engines that were started again."""
+        try:
+            return self._shared_once(request, answer, version)
+        except EngineError:
+            if self._push is None:
+                raise
+        self._push(version)
+        return self._shared_once(request, lambda: self._generate(request), version)
+
+    def _shared_once(
+        self, request: Request, answer: Callable[[], Answer], version: int
     ) -> list[Graded]:
         """Every rank's answers in order; a failure on one rank is raised on all."""
         own, error = [], None

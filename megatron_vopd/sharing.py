@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_vopd.parallel import sum_over_world
 from megatron_vopd.rollout.engine import EngineError
-from megatron_vopd.types import FinishReason, Prompt, Rollout
+from megatron_vopd.types import FinishReason, Prompt, Rollout, UserError
 
 _HEADER = 6
 _FINISH: tuple[FinishReason, ...] = ("stop", "length")
@@ -57,13 +57,17 @@ def raise_together(error: Exception | None) -> None:
     """Raise on every rank when any rank has an error; the message names the first such rank.
 
     Raises:
-        EngineError: its cause is this rank's own error, where it has one.
+        UserError: it is a mistake of the user.
+        EngineError: any other; its cause is this rank's own error, where it has one.
     """
-    messages: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(messages, None if error is None else str(error) or repr(error))
-    for rank, message in enumerate(messages):
-        if message is not None:
-            raise EngineError(f"rank {rank}: {message}") from error
+    own = None if error is None else (isinstance(error, UserError), str(error) or repr(error))
+    outcomes: list[tuple[bool, str] | None] = [None] * _world()
+    dist.all_gather_object(outcomes, own)
+    for rank, outcome in enumerate(outcomes):
+        if outcome is not None:
+            is_users, message = outcome
+            kind = UserError if is_users else EngineError
+            raise kind(f"rank {rank}: {message}") from error
 
 
 def first_objection(objection: str, device: torch.device | str) -> str:

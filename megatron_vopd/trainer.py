@@ -39,8 +39,6 @@ from megatron_vopd.types import Prompt, Rollout
 
 PHASES = ("rollout", "teacher", "forward_backward", "optimizer", "weight_sync", "curriculum")
 
-Push = Callable[[int], Any]  # policy version -> report of the push; a collective
-
 
 class MetricsSink(Protocol):
     """Where a step's metrics go; on one rank."""
@@ -93,7 +91,6 @@ class Trainer:
         teachers: by key of the configuration; empty for objectives without a teacher.
         collector: of the responses.
         curriculum: length limit of the responses.
-        push: gives the engines the student's weights under a version; None: no engine.
         sink: of the metrics; None on ranks that record none.
         held_out: prompts whose responses' entropy the curriculum is gated by.
     """
@@ -105,13 +102,12 @@ class Trainer:
         collector: RolloutCollector,
         curriculum: Curriculum,
         settings: StepSettings,
-        push: Push | None = None,
         sink: MetricsSink | None = None,
         held_out: Sequence[Prompt] = (),
     ) -> None:
         self.student, self.teachers, self.collector = student, teachers, collector
         self.curriculum, self.settings = curriculum, settings
-        self.push, self.sink, self.held_out = push, sink, held_out
+        self.sink, self.held_out = sink, held_out
         self.loss = RowLoss(student, teachers, settings.objective)
         self.guard = StepGuard(settings.spike_factor, settings.max_consecutive_skips)
         self.packing = student.packing(settings.max_tokens_per_microbatch)
@@ -140,7 +136,7 @@ class Trainer:
         if update.applied:
             self.policy_version += 1
             with phase("weight_sync"):
-                self._push()
+                self.collector.push(self.policy_version)
         self.step += 1
         return self._report(rollouts, update, phase)
 
@@ -243,12 +239,6 @@ class Trainer:
             "rollouts": [asdict(rollout) for rollout in rollouts],
         }
         (folder / f"step_{self.step}.json").write_text(json.dumps(batch) + "\n")
-
-    def _push(self) -> None:
-        """Give the engines the new weights, once they sample nothing from the old ones."""
-        self.collector.settle(self.policy_version)
-        if self.push is not None:
-            self.push(self.policy_version)
 
     def _report(
         self, rollouts: Sequence[Rollout], update: Update, phase: Phases

@@ -73,7 +73,7 @@ def token_losses(
 
     Args:
         kind: opd, vopd_full, vopd_topk, vopd_topk_tail, vopd_optimal (sampled); reverse, forward,
-            mixed, topk_reverse, hard; gated (vopd_full plus forward KL where the teacher is unsure).
+            mixed, topk_reverse, hard; gated (vopd_full, and forward KL above GATE).
     """
     log_p = student_TV.log_softmax(-1)
     chosen = log_p.gather(-1, labels_T[:, None])[:, 0]

@@ -1,4 +1,4 @@
-"""Trainers for tests: given responses, a student and teachers in any layouts, one step at a time."""
+"""Trainers for tests: given responses, a student and teachers in any layouts."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ class GivenRollouts:
         grades = self._grades or [float("nan")] * len(rollouts)
         return [Graded(i, r, g) for i, (r, g) in enumerate(zip(rollouts, grades, strict=True))]
 
-    def settle(self, policy_version: int) -> None:
+    def push(self, policy_version: int) -> None:
         pass
 
     def state_dict(self, policy_version: int) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Responses from the leaders' engines reach every rank, whole and in order, or all ranks are told."""
+"""Responses of the leaders' engines reach every rank, whole and in order, or all are told."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_vopd.prompt_stream import PromptStream
 from megatron_vopd.rollout.engine import EngineError, Sampling
 from megatron_vopd.rollout.scripted import ScriptedEngine
 from megatron_vopd.settings import StepSettings
-from megatron_vopd.types import Layout, Prompt, Rollout
+from megatron_vopd.types import Layout, Prompt, Rollout, UserError
 from tests.distributed.harness import spawn
 
 VOCAB = 50
@@ -47,14 +47,18 @@ def _groups() -> Groups:
 
 
 def _collector(
-    engine: ScriptedEngine | None, responses: Any = None, grader: Any = None, **changes: Any
+    engine: ScriptedEngine | None,
+    responses: Any = None,
+    grader: Any = None,
+    push: Any = None,
+    **changes: Any,
 ) -> RolloutCollector:
     settings = StepSettings(OBJECTIVE, **{"num_prompts": 5, "samples_per_prompt": 2, **changes})
     groups = _groups()
     at = groups.coordinates
     own = engine if (at.tp, at.pp) == (0, 0) else None
     stream = PromptStream(PROMPTS, seed=1)
-    return RolloutCollector(groups, own, stream, settings, VOCAB, "cpu", responses, grader)
+    return RolloutCollector(groups, own, stream, settings, VOCAB, "cpu", responses, grader, push)
 
 
 def _grade(rollout: Rollout) -> float:
@@ -81,6 +85,35 @@ def _all_faults() -> list[str]:
             collector.take(0, 7, 0)
         messages.append(str(caught.value))
     return messages
+
+
+def _recovery() -> Any:
+    """Leader 1's engine fails in its first call and is started again by a push."""
+    wrong: Any = {0: "timeout"} if _groups().coordinates.dp == 1 else None
+    engine = _engine(wrong)
+    pushed = []
+
+    def push(policy_version: int) -> None:
+        pushed.append(policy_version)
+        engine.update_weights([], policy_version)
+
+    collector = _collector(engine, push=push)
+    return collector.take(0, 7, 0), pushed
+
+
+class PickyEngine(ScriptedEngine):
+    """Refuses a prompt, as engines do that have no room for it."""
+
+    def generate(self, prompts: Any, sampling: Sampling, progress: Any = None) -> list[Rollout]:
+        raise UserError("a prompt of 9 tokens exceeds max_model_len=8")
+
+
+def _users_mistake() -> str:
+    """No second attempt: it would fail as well."""
+    collector = _collector(PickyEngine(VOCAB), push=lambda _: pytest.fail("pushed"))
+    with pytest.raises(UserError) as caught:
+        collector.take(0, 7, 0)
+    return str(caught.value)
 
 
 def _overlapped() -> Any:
@@ -133,7 +166,7 @@ def _hanging() -> str:
 def _everything() -> dict[str, Any]:
     """On a rank: all of the above in one world, whose start is what costs."""
     init_world("cpu")
-    parts = (_two_steps, _all_faults, _overlapped, _mixed, _hanging)
+    parts = (_two_steps, _all_faults, _recovery, _users_mistake, _overlapped, _mixed, _hanging)
     return {part.__name__: part() for part in parts}
 
 
@@ -163,6 +196,19 @@ def test_a_fault_of_one_engine_is_raised_on_all_ranks(seen: list[dict[str, Any]]
     # Leader 1 is rank 2: tp is the fastest axis.
     assert all(message.startswith("rank 2: ") for message in results[0])
     assert len(results[0]) == len(FAULTS)
+
+
+def test_a_failed_engine_is_started_again_and_asked_again(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        graded, pushed = rank["_recovery"]
+        undisturbed, _ = rank["_two_steps"]
+        assert pushed == [0]
+        assert [one.rollout for one in graded] == [one.rollout for one in undisturbed[0]]
+
+
+def test_a_mistake_of_the_user_is_not_tried_again(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert rank["_users_mistake"] == "rank 0: a prompt of 9 tokens exceeds max_model_len=8"
 
 
 def test_one_step_off_generation_overlaps_training(seen: list[dict[str, Any]]) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 
 import pytest
@@ -153,8 +152,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     ("name", "teacher_name", "kinds"),
     [
         ("tp2-pp2", "tp4-two-kv-heads", SEVEN),
-        ("dp2-distributed", "moe-ep2", ("vopd_full", "mixed")),
-        ("tp2-sp", "tp1", MORE),
+        ("dp2-distributed", "moe-ep2", ("vopd_full", "gated")),
     ],
 )
 def test_step(name: str, teacher_name: str, kinds: tuple[str, ...], models: Models) -> None:
@@ -172,8 +170,7 @@ def test_step(name: str, teacher_name: str, kinds: tuple[str, ...], models: Mode
     ],
 )
 def test_every_layout(name: str, teacher_name: str, models: Models) -> None:
-    """All objectives, every student layout, every teacher layout; untied and tied."""
-    for student in (STUDENT, TIED_STUDENT):
+    """Seven objectives with an untied student, four more with a tied one."""
+    for student, kinds in ((STUDENT, SEVEN), (TIED_STUDENT, MORE)):
         setup, teacher = models.setup(name, teacher_name, student)
-        kinds = tuple(itertools.chain(SEVEN, MORE))
         check(setup, models.rollouts, models.references(student, teacher, kinds))

@@ -1,10 +1,9 @@
-"""What must not change a step: microbatches, packing order, replicas, empty replicas, own layouts."""
+"""What must not change a step: rows, packing order, replicas, empty replicas, layouts."""
 
 from __future__ import annotations
 
 import random
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
