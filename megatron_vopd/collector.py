@@ -29,15 +29,23 @@ GRACE_SECONDS = 30.0
 
 
 class PromptSource(Protocol):
-    """A stream of prompts."""
+    """A stream of prompts that a resumed run goes on with."""
 
     def next(self, n: int) -> list[Prompt]: ...
 
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
 
 class ResponseSource(Protocol):
-    """A stream of given responses."""
+    """The same, of given responses."""
 
     def next(self, n: int) -> list[Rollout]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 Grader = Callable[[Rollout], float]
@@ -128,12 +136,19 @@ class RolloutCollector:
         return [one.rollout for one in graded]
 
     def state_dict(self, policy_version: int) -> dict[str, Any]:
-        """JSON values: responses that are sampled and not yet trained on."""
+        """JSON values: positions of the data, and responses sampled but not yet trained on."""
         self.settle(policy_version)
-        ready = self._ready
-        return {"ready": None if ready is None else [asdict(graded) for graded in ready]}
+        ready, responses = self._ready, self._responses
+        return {
+            "prompts": self._prompts.state_dict(),
+            "responses": None if responses is None else responses.state_dict(),
+            "ready": None if ready is None else [asdict(graded) for graded in ready],
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._prompts.load_state_dict(state["prompts"])
+        if self._responses is not None:
+            self._responses.load_state_dict(state["responses"])
         ready = state["ready"]
         self._ready = None if ready is None else [_graded_from(values) for values in ready]
 

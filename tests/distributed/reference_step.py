@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,7 +49,7 @@ class Reference:
     statistics: dict[str, float]
 
 
-def load(model_dir: str | Path) -> torch.nn.Module:
+def load(model_dir: str | Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
 
 

@@ -164,13 +164,18 @@ class Setup:
 
 
 class RecordingTrainer(Trainer):
-    """Keeps the gradient of a step, as it was before clipping."""
+    """Keeps the gradient of a step, as it was before clipping, and its metrics."""
 
     gradients: dict[str, torch.Tensor]
+    last_metrics: dict[str, float]
 
     def _update(self, rollouts: Sequence[Rollout]) -> Any:
         self.gradients = whole_gradients(self.student)
         return super()._update(rollouts)
+
+    def train_step(self) -> dict[str, float]:
+        self.last_metrics = super().train_step()
+        return self.last_metrics
 
 
 def make_trainer(

@@ -130,6 +130,7 @@ def _overlapped() -> Any:
         if step == 1:
             state = json.loads(json.dumps(collector.state_dict(step)))
             collector._ready = None
+            collector._prompts.next(3)
             collector.load_state_dict(state)
         collector.settle(step)
         if collector._engine is not None:

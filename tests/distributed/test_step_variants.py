@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -252,8 +253,17 @@ GOLDEN = Path(__file__).with_name("golden_three_steps.txt")
 
 def _three_steps(setup: Setup, steps: list[list[Rollout]]) -> list[dict[str, float]]:
     student = setup.student(enter(setup.case))
-    trainer = make_trainer(student, setup.teachers(student), steps, "vopd_full")
-    return [trainer.train_step() for _ in steps]
+    teachers = setup.teachers(student)
+    trainer = make_trainer(student, teachers, steps, "vopd_full")
+    metrics = [trainer.train_step(), trainer.train_step()]
+    state = json.loads(json.dumps(trainer.state_dict()))
+    # The weights stay; everything else is a new trainer's, which goes on where the first stopped.
+    trainer = make_trainer(student, teachers, steps, "vopd_full")
+    trainer.load_state_dict(state)
+    stopped_at = []
+    trainer.fit(3, lambda step: stopped_at.append(step) or True)
+    assert (stopped_at, trainer.policy_version) == ([3], 3)
+    return [*metrics, trainer.last_metrics]
 
 
 def test_golden_run(folders: dict[str, str]) -> None:
@@ -265,7 +275,7 @@ def test_golden_run(folders: dict[str, str]) -> None:
     (metrics,) = spawn(_three_steps, 1, setup, steps)
     keys = ("loss/mean", "kl/reverse", "optim/grad_norm")
     found = [" ".join(f"{m[key]:.6g}" for key in keys) for m in metrics]
-    print("\n".join(found))
+    print("\n" + "\n".join(found))
     expected = [line for line in GOLDEN.read_text().splitlines() if not line.startswith("#")]
     for line, golden in zip(found, expected, strict=True):
         pairs = zip(map(float, line.split()), map(float, golden.split()), strict=True)
