@@ -120,22 +120,28 @@ def _overlapped() -> Any:
     """Staleness 1; weights are pushed after each step; saved and restored midway."""
     engine = SlowEngine(VOCAB)
     engine.update_weights([], 0)
-    collector = _collector(engine, max_staleness=1)
+    samples_at_push = []
+
+    def push(policy_version: int) -> None:
+        samples_at_push.append(any(t.name == "generation" for t in threading.enumerate()))
+        engine.update_weights([], policy_version)
+
+    collector = _collector(engine, max_staleness=1, push=push)
     taken, waits, threads = [], [], set()
     for step in range(3):
         started = time.perf_counter()
         taken.append(collector.take(step, 7, step))
         waits.append(time.perf_counter() - started)
-        time.sleep(1.0)  # the training, meanwhile
+        time.sleep(1.0 if step else 0.0)  # the training, meanwhile
         if step == 1:
             state = json.loads(json.dumps(collector.state_dict(step)))
             collector._ready = None
             collector._prompts.next(3)
             collector.load_state_dict(state)
-        collector.settle(step)
+        collector.push(step + 1)
         if collector._engine is not None:
             threads.add(engine.thread)
-            engine.update_weights([], step + 1)
+    assert not any(samples_at_push)
     return taken, waits, threads
 
 
