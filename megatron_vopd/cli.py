@@ -7,6 +7,7 @@ import io
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -19,7 +20,8 @@ from megatron_vopd.config.table import as_yaml, config_table_markdown
 from megatron_vopd.config.world import smallest_world
 from megatron_vopd.preflight import preflight
 from megatron_vopd.problems import ConfigError, Problem, shown
-from megatron_vopd.types import Layout
+from megatron_vopd.report import write_report
+from megatron_vopd.types import Layout, UserError
 
 OK, MISTAKE = 0, 2
 MAX_RANKS_SHOWN = 64
@@ -55,6 +57,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(config_table_markdown(), end="")
         return OK
     unknown = [text for text in surplus if text.startswith("-")]
+    if options.command == "report":
+        if surplus:
+            parser.error(f"unknown argument {shown(surplus[0])}; vopd report takes one RUN_DIR")
+        return report(options.run_dir)
     if unknown:
         check_parser.error(f"unknown option {shown(unknown[0])}; settings are section.key=value")
     return check(options.config, [*options.overrides, *surplus], options.world_size)
@@ -66,7 +72,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         prog="vopd",
         description="On-policy distillation on megatron-core and vLLM.",
         epilog="examples:\n  vopd check CONFIG      is this configuration sound?\n"
-        "  vopd check --help      more about it",
+        "  vopd check --help      more about it\n"
+        "  vopd report RUN_DIR    curves of a run, as report.html",
         formatter_class=plain,
     )
     parser.add_argument("--version", action="version", version=f"vopd {__version__}")
@@ -92,6 +99,14 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         metavar="N",
         help="number of ranks (default: $WORLD_SIZE, else the fewest that the layouts need)",
     )
+    reporting = commands.add_parser(
+        "report",
+        help="write report.html of a run: curves of its metrics",
+        description="Write RUN_DIR/report.html from RUN_DIR/metrics.jsonl: curves of accuracy, KL, "
+        "entropy, variance ratio, lengths, gradient norm and times in one file that needs no "
+        "network. Works while the run goes on.",
+    )
+    reporting.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
     commands.add_parser(
         "config-table",
         help="print all settings with values, defaults and meaning (Markdown)",
@@ -117,6 +132,19 @@ def check(path: str, overrides: list[str], world_size: int | None) -> int:
     if findings.problems:
         return _report(findings.problems)
     console.print(Text("no problems found", style="green"))
+    return OK
+
+
+def report(run_dir: str) -> int:
+    """Write the report of a run, and say where it is."""
+    try:
+        path, recorded = write_report(Path(run_dir))
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return MISTAKE
+    if recorded.is_torn:
+        print(f"{run_dir}: the last metrics line is torn and left out", file=sys.stderr)
+    print(f"{path}: {len(recorded.lines)} steps")
     return OK
 
 

@@ -32,8 +32,9 @@ _MOE_SIZES = ("moe_intermediate_size", "num_experts_per_tok")
 class ModelFolder:
     """One local model: shape, end-of-sequence ids, context, vocabulary, and code it carries.
 
-    `vocabulary` maps token -> id, or is None without a readable tokenizer.json; `context` is the
-    longest sequence in tokens, RoPE scaling included.
+    `vocabulary` maps token -> id, or is None without a readable tokenizer.json; `special_tokens`
+    are those that decoding may skip; `context` is the longest sequence in tokens, RoPE scaling
+    included.
     """
 
     path: str
@@ -41,6 +42,7 @@ class ModelFolder:
     context: int
     eos_ids: frozenset[int]
     vocabulary: dict[str, int] | None
+    special_tokens: frozenset[str]
     chat_template: str | None
     code_files: tuple[str, ...]
 
@@ -70,12 +72,14 @@ def read_facts(where: str) -> tuple[ModelFacts, dict[str, Any]]:
 
 def _read(path: str, where: str) -> ModelFolder:
     facts, config = read_facts(where)
+    vocabulary = tokenizer_vocabulary(os.path.join(path, "tokenizer.json"))
     return ModelFolder(
         path=path,
         facts=facts,
         context=_context(config),
-        eos_ids=_eos_ids(path, config),
-        vocabulary=tokenizer_vocabulary(os.path.join(path, "tokenizer.json")),
+        eos_ids=_eos_ids(path, config) or _tokenizer_eos(path, vocabulary),
+        vocabulary=vocabulary,
+        special_tokens=_special_tokens(path),
         chat_template=_chat_template(path),
         code_files=_code_files(path, config),
     )
@@ -131,7 +135,7 @@ def _context(config: dict[str, Any]) -> int:
 
 
 def _eos_ids(path: str, config: dict[str, Any]) -> frozenset[int]:
-    """generation_config.json decides; without it, config.json."""
+    """generation_config.json decides; without it, config.json; then the tokenizer's own."""
     where = os.path.join(path, "generation_config.json")
     ids = _read_optional(where).get("eos_token_id")
     if ids is None:
@@ -140,6 +144,26 @@ def _eos_ids(path: str, config: dict[str, Any]) -> frozenset[int]:
     if not all(_is_size(value) or value == 0 for value in listed):
         raise ModelError(f"{where}: eos_token_id={shown(ids)}; expected token ids")
     return frozenset(listed)
+
+
+def _tokenizer_eos(path: str, vocabulary: dict[str, int] | None) -> frozenset[int]:
+    """The tokenizer's own end-of-sequence id: what is left when no config names one."""
+    token = _read_optional(os.path.join(path, "tokenizer_config.json")).get("eos_token")
+    if isinstance(token, dict):
+        token = token.get("content")
+    if vocabulary is None or not isinstance(token, str) or token not in vocabulary:
+        return frozenset()
+    return frozenset([vocabulary[token]])
+
+
+def _special_tokens(path: str) -> frozenset[str]:
+    """Tokens that tokenizer.json marks as special."""
+    added = _read_optional(os.path.join(path, "tokenizer.json")).get("added_tokens")
+    tokens = (
+        [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    )
+    named = [token.get("content") for token in tokens if token.get("special") is True]
+    return frozenset(token for token in named if isinstance(token, str))
 
 
 def tokenizer_vocabulary(tokenizer_path: str) -> dict[str, int] | None:

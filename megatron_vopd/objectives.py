@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -54,6 +55,27 @@ class ObjectiveSettings:
                 f"reward_floor: only with baseline 'none' (a floored reward is not centred by a "
                 f"KL), got baseline {self.baseline!r}"
             )
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is minimised.
+
+    Attributes:
+        name: key of OBJECTIVES.
+        settings: its baseline, weights, gates.
+        topk: size of the student's top-k set; 0: none.
+        temperature: of both distributions; that of the rollouts.
+        chunk: response tokens whose logits exist at a time.
+        mode: `grad_in_forward` or `recompute` (see `linear_distill_loss`).
+    """
+
+    name: str
+    settings: ObjectiveSettings
+    topk: int = 0
+    temperature: float = 1.0
+    chunk: int = 4096
+    mode: Literal["grad_in_forward", "recompute"] = "grad_in_forward"
 
 
 def reward(stats: DistillStats) -> Tensor:

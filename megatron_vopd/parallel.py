@@ -256,6 +256,13 @@ def broadcast_from_position(
     return tensor
 
 
+def sum_over_world(values: torch.Tensor) -> torch.Tensor:
+    """The sum of all ranks' `values`, written over them, the same bits on every rank."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
 def _own_group(members: list[list[int]]) -> dist.ProcessGroup:
     """Create one group per list (every rank must call with the same lists); return this rank's."""
     own, _ = dist.new_subgroups_by_enumeration(members)

@@ -149,6 +149,10 @@ def _compare(
                 "union",
             )
         )
+    differing = sorted(student.special_tokens ^ teacher.special_tokens)
+    if differing:
+        text = f"special in one of student and teacher only: {shown(differing[:5])}"
+        findings.notices.append(Notice(f"{key}.path", text))
     if student.chat_template != teacher.chat_template:
         text = "the chat templates differ; the teacher sees prompts in the student's template"
         findings.notices.append(Notice(f"{key}.path", text))

@@ -96,6 +96,10 @@ class Layout:
             ep=rank % stage_size % self.ep,
         )
 
+    def rank_at(self, tp: int, cp: int, dp: int, pp: int) -> int:
+        """The global rank at a place: the inverse of `coordinates`."""
+        return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
+
     def __str__(self) -> str:
         sizes = {"tp": self.tp, "pp": self.pp, "cp": self.cp, "ep": self.ep}
         cut = " x ".join(

@@ -2,11 +2,13 @@
 
 An engine belongs to one data-parallel leader. All of its methods are called from the main thread,
 and each ends within the engine's deadline: with its result, or with an EngineError that names the
-phase. After an EngineError the engine holds no usable weights until the next `update_weights`.
+phase. After an EngineError the engine holds no usable weights until the next `update_weights`,
+which also starts what has to be started again.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -35,6 +37,9 @@ class Sampling:
         seed: of the step; each response's own seed is derived from it, its prompt id and its
             sample number, so that the spread of prompts over engines does not change samples.
         stop_ids: ids that end a response (they are part of it).
+
+    Raises:
+        SamplingError: a value out of its range.
     """
 
     max_tokens: int
@@ -44,21 +49,146 @@ class Sampling:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
 
+    def __post_init__(self) -> None:
+        for name, fits, expected in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("samples", self.samples >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("stop_ids", all(i >= 0 for i in self.stop_ids), "token ids, 0 or more"),
+        ):
+            if not fits:
+                raise SamplingError(
+                    f"sampling {name}: got {getattr(self, name)}, expected {expected}"
+                )
+
+
+def response_seed(seed: int, prompt_id: str, sample: int) -> int:
+    """The seed of one response, 0 <= seed < 2^63: the same wherever and whenever it is sampled."""
+    text = f"{seed}\0{prompt_id}\0{sample}".encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def check_sampling(
+    sampling: Sampling, estimator: str, importance: str = "truncate", allow_biased: bool = False
+) -> None:
+    """Refuse settings that rollouts of the student cannot be trained with (algorithms, section 1).
+
+    Args:
+        estimator, importance: of the objective, as in its configuration.
+        allow_biased: the user accepts a biased estimate.
+
+    Raises:
+        SamplingError: with the reason and the remedy.
+    """
+    if sampling.temperature == 0 and (estimator == "sampled" or importance != "none"):
+        raise SamplingError(
+            "sampling temperature: got 0 (greedy), expected 1: a response that is not drawn at "
+            "random has no log-prob to weigh it with; set rollout.temperature=1"
+        )
+    if estimator != "sampled" or allow_biased:
+        return
+    if sampling.temperature != 1:
+        raise SamplingError(
+            f"sampling temperature: got {sampling.temperature:g}, expected 1: the sampled "
+            "estimator averages log q(a) - log p(a) over actions drawn from p itself, and p is the "
+            "distribution at temperature 1; set rollout.temperature=1, or accept the bias by "
+            "objective.allow_biased_sampling=true"
+        )
+    if sampling.top_p != 1:
+        raise SamplingError(
+            f"sampling top_p: got {sampling.top_p:g}, expected 1: tokens outside the nucleus are "
+            "never drawn, so the baseline is not their mean and the estimate is biased; set "
+            "rollout.top_p=1, or accept the bias by objective.allow_biased_sampling=true"
+        )
+
 
 @dataclass(frozen=True)
 class PushReport:
-    """What one weight push did."""
+    """What one weight push did.
+
+    Attributes:
+        policy_version: that the engine reports now.
+        num_bytes: of all tensors, once.
+        seconds: from the first tensor to the engine's answer that it samples from them.
+        num_tensors: HF tensors sent.
+        probe_gap: largest |log-prob of the engine - of the trainer| over the probe, nats; None:
+            not probed.
+        attempts: pushes it took; more than one means that an engine was rebuilt.
+    """
 
     policy_version: int
     num_bytes: int
     seconds: float
+    num_tensors: int = 0
+    probe_gap: float | None = None
+    attempts: int = 1
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        """10^9 bytes per second."""
+        return self.num_bytes / 1e9 / max(self.seconds, 1e-9)
+
+    def metrics(self) -> dict[str, float]:
+        """For the run's metrics."""
+        found = {
+            "time/weight_sync_seconds": self.seconds,
+            "weight_sync/bytes": float(self.num_bytes),
+            "weight_sync/gigabytes_per_second": self.gigabytes_per_second,
+            "weight_sync/attempts": float(self.attempts),
+        }
+        return (
+            found if self.probe_gap is None else found | {"weight_sync/probe_gap": self.probe_gap}
+        )
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """What one call of `generate` did. Lengths are of responses, in tokens."""
+
+    seconds: float
+    num_responses: int
+    num_tokens: int
+    max_length: int
+    num_truncated: int
+
+    def metrics(self) -> dict[str, float]:
+        """For the run's metrics; nothing is divided by zero when nothing was sampled."""
+        responses = max(self.num_responses, 1)
+        return {
+            "time/rollout_seconds": self.seconds,
+            "rollout/tokens_per_second": self.num_tokens / max(self.seconds, 1e-9),
+            "rollout/length_mean": self.num_tokens / responses,
+            "rollout/length_max": float(self.max_length),
+            "rollout/truncated_frac": self.num_truncated / responses,
+            "rollout/eos_frac": 1 - self.num_truncated / responses,
+        }
+
+
+def generation_report(rollouts: Sequence[Rollout], seconds: float) -> GenerationReport:
+    """Counts of what was sampled in `seconds`."""
+    lengths = [len(rollout.response_ids) for rollout in rollouts]
+    truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
+    return GenerationReport(
+        seconds, len(rollouts), sum(lengths), max(lengths, default=0), truncated
+    )
 
 
 Progress = Callable[[int, int], None]  # finished responses, all responses
 
 
 class Engine(Protocol):
-    """What training asks of an engine; `vllm_local`, `vllm_server` and `scripted` are three."""
+    """What training asks of an engine; `vllm_local`, `vllm_server` and `scripted` are three.
+
+    Attributes:
+        policy_version: of the weights that it samples from; None: none that may be used.
+        num_replicas: copies of the weights that sample, each probed by itself (servers).
+        generation: report of the last `generate`.
+    """
+
+    policy_version: int | None
+    num_replicas: int
+    generation: GenerationReport | None
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
@@ -72,8 +202,17 @@ class Engine(Protocol):
         """Replace all weights by the HF-named `tensors`, all of them or none (R5)."""
         ...
 
-    def probe_logprobs(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """log p(ids[i] | ids[:i]) for i >= 1 of each sequence, by the weights that sample now."""
+    def probe_logprobs(
+        self, sequences: Sequence[Sequence[int]], replica: int = 0
+    ) -> list[list[float]]:
+        """log p(ids[i] | ids[:i]) for i >= 1 of each sequence, by the weights that sample now.
+
+        The last one is computed as sampling does, from cached keys and values where there are any.
+        """
+        ...
+
+    def refuse_weights(self, reason: str) -> None:
+        """The weights turned out wrong: sample from them no more, and start anew with the next."""
         ...
 
     def sleep(self) -> None:

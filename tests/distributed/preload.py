@@ -16,4 +16,5 @@ from megatron.core import dist_checkpointing  # noqa: E402, F401
 from megatron.core.optimizer import get_megatron_optimizer  # noqa: E402, F401
 
 import megatron_vopd.hf_io  # noqa: E402
-import megatron_vopd.model  # noqa: E402, F401
+import megatron_vopd.model  # noqa: E402
+import megatron_vopd.trainer  # noqa: E402, F401

@@ -122,6 +122,28 @@ class TestModels:
         assert "set data.eos_contract=union" in lines[0]
         assert check(*arguments, "data.eos_contract=union")[0] == 0
 
+    def test_special_tokens_that_differ_are_named(self, workplace: Path, check: Run) -> None:
+        assert "special" not in check()[1]
+        path = workplace / "teacher" / "tokenizer.json"
+        tokenizer = json.loads(path.read_text())
+        tokenizer["added_tokens"][0]["special"] = False
+        path.write_text(json.dumps(tokenizer))
+        status, out, _ = check()
+        assert status == 0
+        assert "teacher.path: special in one of student and teacher only: ['<end>']" in out
+
+    @pytest.mark.parametrize("eos_token", ["<end>", {"content": "<end>"}])
+    def test_the_tokenizer_names_the_end_when_no_config_does(
+        self, workplace: Path, eos_token: Any
+    ) -> None:
+        save_model(workplace / "student", eos_token_id=None)
+        assert read_model_folder(str(workplace / "student")).eos_ids == frozenset()
+        path = workplace / "student" / "tokenizer_config.json"
+        path.write_text(json.dumps({"eos_token": eos_token}))
+        assert read_model_folder(str(workplace / "student")).eos_ids == {3}
+        path.write_text(json.dumps({"eos_token": ["<end>"]}))
+        assert read_model_folder(str(workplace / "student")).eos_ids == frozenset()
+
     def test_code_in_a_model_folder_is_named_and_not_run(self, workplace: Path, check: Run) -> None:
         save_model(workplace / "teacher", auto_map={"AutoModel": "modeling_x.X"})
         (workplace / "teacher" / "modeling_x.py").write_text("open('ran', 'w')")

@@ -1,0 +1,282 @@
+"""How long responses may be: a ladder of lengths, climbed by entropy, by steps, or not at all.
+
+The entropy gate (arXiv 2605.16826; algorithms.md section 5): at a check, the student's mean entropy
+per token over held-out prompts, measured at the current length, must be at least a threshold for
+the next rung; otherwise the length holds. There is no way back. The paper publishes neither
+threshold nor ladder nor interval: the defaults are ours.
+
+All kinds share one interface, and know no device, rank or file:
+
+    if curriculum.due(step):
+        curriculum.update(step, measure() if curriculum.needs_entropy else None)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Protocol
+
+from megatron_vopd.config.method import CurriculumSection
+
+
+class Curriculum(Protocol):
+    """What training asks of a curriculum."""
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Longest response of the current stage."""
+        ...
+
+    @property
+    def needs_entropy(self) -> bool:
+        """Whether `update` needs a measurement."""
+        ...
+
+    def due(self, step: int) -> bool:
+        """Whether `update` is to be called now, `step` optimizer steps having been made."""
+        ...
+
+    def update(self, step: int, entropy: float | None) -> None:
+        """Decide the stage from here on."""
+        ...
+
+    def metrics(self) -> dict[str, float]:
+        """`curriculum/*` of the current stage."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]:
+        """JSON values that `load_state_dict` goes on from."""
+        ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Undo whatever happened since `state` was taken."""
+        ...
+
+
+def _checked_ladder(ladder: Sequence[int]) -> tuple[int, ...]:
+    rising = all(low < high for low, high in pairwise(ladder))
+    if not ladder or not rising or ladder[0] < 1:
+        raise ValueError(f"ladder: expected ascending lengths >= 1, got {list(ladder)}")
+    return tuple(ladder)
+
+
+class EntropyGatedLength:
+    """The next rung when the student's entropy is high enough; otherwise the current one holds.
+
+    Args:
+        ladder: response lengths in tokens, ascending.
+        min_entropy: threshold in nats per token; None: by fraction.
+        min_entropy_fraction: threshold as a share of the run's first measurement; unused when
+            `min_entropy` is given.
+        interval: optimizer steps between checks, and at least per rung.
+        ema: weight of the past in the smoothed entropy; 0 = the last measurement alone. It starts
+            anew at each rung: carried over, it would lag behind a closing gate.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    needs_entropy = True
+
+    def __init__(
+        self,
+        ladder: Sequence[int],
+        min_entropy: float | None = None,
+        min_entropy_fraction: float | None = 0.5,
+        interval: int = 50,
+        ema: float = 0.0,
+    ) -> None:
+        self._ladder = _checked_ladder(ladder)
+        if min_entropy is None and min_entropy_fraction is None:
+            raise ValueError("min_entropy: expected it or min_entropy_fraction, got neither")
+        for name, value in (("min_entropy", min_entropy), ("fraction", min_entropy_fraction)):
+            if value is not None and not (value >= 0 and math.isfinite(value)):
+                raise ValueError(f"{name}: expected a finite number >= 0, got {value}")
+        if interval < 1 or not 0 <= ema < 1:
+            raise ValueError(f"expected interval >= 1 and 0 <= ema < 1, got {interval} and {ema}")
+        self._min_entropy, self._fraction = min_entropy, min_entropy_fraction
+        self._interval, self._ema = interval, ema
+        self._stage = 0
+        self._stage_start = 0
+        self._last_check = 0
+        self._entropy: float | None = None
+        self._restarts = True
+        self._first_entropy: float | None = None
+
+    @property
+    def stage(self) -> int:
+        """Index of the current rung."""
+        return self._stage
+
+    @property
+    def max_response_tokens(self) -> int:
+        """Longest response of the current stage."""
+        return self._ladder[self._stage]
+
+    @property
+    def entropy(self) -> float | None:
+        """What the last check compared with the threshold, nats per token; None before it."""
+        return self._entropy
+
+    @property
+    def threshold(self) -> float | None:
+        """Entropy to advance; None when it is relative and nothing has been measured yet."""
+        if self._min_entropy is not None:
+            return self._min_entropy
+        if self._first_entropy is None or self._fraction is None:
+            return None
+        return self._fraction * self._first_entropy
+
+    def due(self, step: int) -> bool:
+        """Whether an interval has passed since the last check."""
+        return step - self._last_check >= self._interval
+
+    def update(self, step: int, entropy: float | None) -> None:
+        """Take a measurement made after `step` optimizer steps at the current length.
+
+        A measurement before the stage has lasted one interval is remembered but never advances.
+        """
+        if entropy is None or not math.isfinite(entropy):
+            raise ValueError(f"entropy: expected a finite number of nats, got {entropy}")
+        if self._first_entropy is None:
+            self._first_entropy = entropy
+        past = entropy if self._restarts or self._entropy is None else self._entropy
+        self._entropy = self._ema * past + (1 - self._ema) * entropy
+        self._last_check, self._restarts = step, False
+        threshold = self.threshold
+        assert threshold is not None
+        last = self._stage == len(self._ladder) - 1
+        stayed = step - self._stage_start >= self._interval
+        if stayed and not last and self._entropy >= threshold:
+            self._stage, self._stage_start, self._restarts = self._stage + 1, step, True
+
+    def metrics(self) -> dict[str, float]:
+        """Stage, length, and the smoothed entropy once there is one."""
+        return _metrics(self._stage, self.max_response_tokens, self._entropy)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Stage and its length, start and last check (steps), smoothed and first entropy (nats).
+
+        `restarts`: the next measurement is the first of its stage.
+        """
+        return {
+            "stage": self._stage,
+            "max_response_tokens": self.max_response_tokens,
+            "stage_start": self._stage_start,
+            "last_check": self._last_check,
+            "entropy": self._entropy,
+            "restarts": self._restarts,
+            "first_entropy": self._first_entropy,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`.
+
+        When the ladder has changed, the run stays at its length: on the rung of that length, or
+        else on the longest one below it (the first, if there is none), where smoothing starts anew.
+        """
+        length = state["max_response_tokens"]
+        self._stage = _stage_of(length, self._ladder)
+        self._last_check = state["last_check"]
+        self._stage_start = state.get("stage_start", self._last_check)
+        self._entropy, self._first_entropy = state.get("entropy"), state.get("first_entropy")
+        self._restarts = state.get("restarts", True) or self.max_response_tokens != length
+
+
+class FixedLength:
+    """Always the last rung."""
+
+    needs_entropy = False
+
+    def __init__(self, ladder: Sequence[int]) -> None:
+        self._ladder = _checked_ladder(ladder)
+
+    @property
+    def max_response_tokens(self) -> int:
+        return self._ladder[-1]
+
+    def due(self, step: int) -> bool:
+        """Never."""
+        return False
+
+    def update(self, step: int, entropy: float | None = None) -> None:
+        """Nothing."""
+
+    def metrics(self) -> dict[str, float]:
+        return _metrics(len(self._ladder) - 1, self.max_response_tokens, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"max_response_tokens": self.max_response_tokens, "last_check": 0}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing."""
+
+
+class LinearLength:
+    """The next rung every `interval` steps, whatever the entropy."""
+
+    needs_entropy = False
+
+    def __init__(self, ladder: Sequence[int], interval: int = 50) -> None:
+        self._ladder = _checked_ladder(ladder)
+        if interval < 1:
+            raise ValueError(f"interval: expected >= 1, got {interval}")
+        self._interval = interval
+        self._stage = 0
+        self._last_check = 0
+
+    @property
+    def max_response_tokens(self) -> int:
+        return self._ladder[self._stage]
+
+    def due(self, step: int) -> bool:
+        """Whether an interval has passed since the last check."""
+        return step - self._last_check >= self._interval
+
+    def update(self, step: int, entropy: float | None = None) -> None:
+        """Advance if the stage has lasted its interval."""
+        if self.due(step):
+            self._stage = min(self._stage + 1, len(self._ladder) - 1)
+            self._last_check = step
+
+    def metrics(self) -> dict[str, float]:
+        return _metrics(self._stage, self.max_response_tokens, None)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Length of the stage and step of the last check."""
+        return {"max_response_tokens": self.max_response_tokens, "last_check": self._last_check}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from `state`; a changed ladder as in EntropyGatedLength."""
+        self._stage = _stage_of(state["max_response_tokens"], self._ladder)
+        self._last_check = state["last_check"]
+
+
+def _stage_of(length: int, ladder: Sequence[int]) -> int:
+    """The rung of that length, else the longest one below it, else the first."""
+    return max(sum(rung <= length for rung in ladder) - 1, 0)
+
+
+def _metrics(stage: int, max_response_tokens: int, entropy: float | None) -> dict[str, float]:
+    result: dict[str, float] = {
+        "curriculum/stage": stage,
+        "curriculum/max_response_tokens": max_response_tokens,
+    }
+    return result if entropy is None else {**result, "curriculum/entropy": entropy}
+
+
+def build_curriculum(section: CurriculumSection) -> Curriculum:
+    """The curriculum that the configuration asks for."""
+    if section.kind == "fixed":
+        return FixedLength(section.ladder)
+    if section.kind == "linear":
+        return LinearLength(section.ladder, section.interval)
+    return EntropyGatedLength(
+        section.ladder,
+        section.min_entropy,
+        section.min_entropy_fraction,
+        section.interval,
+        section.ema,
+    )

@@ -1,0 +1,80 @@
+"""What a response claims as its final answer, and whether that is literally the reference.
+
+Letters, names and words are compared as text. (As mathematics, `Paris` would be a product of five
+symbols, and equal to `Pairs`.)
+"""
+
+from __future__ import annotations
+
+import re
+
+_SAYS = re.compile(
+    r"(?:final answer|correct answer|correct option|answer|correct choice)"
+    r"(?:\s+is)?\s*[:=]?\s*\**\s*(?P<said>[^\n]+)",
+    re.IGNORECASE,
+)
+_MATHEMATICS = re.compile(r"[0-9\\^_+*/=<>|]")
+_WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
+
+
+def last_boxed(text: str) -> str | None:
+    """The content of the last complete \\boxed{...}, braces matched; None without one."""
+    start = len(text)
+    while (start := text.rfind("\\boxed{", 0, start)) >= 0:
+        depth = 0
+        for i in range(start + len("\\boxed"), len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + len("\\boxed{") : i]
+    return None
+
+
+def reference_of(answer: str) -> str:
+    """The final part of a reference that shows its work (`... #### 42`), else all of it."""
+    return answer.rsplit("####", 1)[-1].strip()
+
+
+def conclusion(response: str) -> str:
+    """What follows the model's thinking; nothing when the thinking did not end."""
+    if "</think>" in response:
+        return response.rsplit("</think>", 1)[-1].strip()
+    return "" if "<think>" in response else response.strip()
+
+
+def final_answer(text: str) -> str:
+    """The last boxed expression of a conclusion, else what follows the last "answer is", else the
+    last line.
+    """
+    boxed = last_boxed(text)
+    if boxed is not None:
+        return boxed
+    said = [match["said"] for match in _SAYS.finditer(text)]
+    if said:
+        return said[-1]
+    return text.splitlines()[-1] if text else ""
+
+
+def normalised(text: str) -> str:
+    """Without markup, surrounding punctuation and spaces; case folded, spaces single."""
+    text = _WRAPPED.sub(r"\1", text).replace("$", "").replace("**", "")
+    text = " ".join(text.split()).casefold()
+    text = text.strip(" .,;:!\"'`")
+    inner = re.fullmatch(r"\(([^()]*)\)", text)
+    return inner[1].strip() if inner else text
+
+
+def is_mathematical(answer: str) -> bool:
+    """Whether a reference is to be compared as mathematics where it differs as text."""
+    return bool(_MATHEMATICS.search(answer))
+
+
+def is_same_text(reference: str, text: str) -> bool:
+    """Whether the final answer in a conclusion is the reference, up to case, spaces and markup."""
+    said = final_answer(text)
+    if normalised(said) == normalised(reference):
+        return bool(normalised(reference))
+    # Multiple choice: "B) Rome", "(B) Rome" or "B. Rome" for B.
+    if re.fullmatch(r"\(?[A-Za-z]\)?", reference):
+        letter = re.match(r"\(?([A-Za-z])[).:](?:\s|$)", said.strip(" $*"))
+        return letter is not None and normalised(letter[1]) == normalised(reference)
+    return False

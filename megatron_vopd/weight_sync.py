@@ -1,0 +1,265 @@
+"""New weights into the engines, all or nothing, and proven before they are sampled from (R5).
+
+The student lies in pieces on all ranks; each data-parallel leader has an engine. All ranks walk the
+HF tensors in lockstep (`hf_io.export_weights`): each tensor is put together, handed to every rank,
+and dropped; leaders feed theirs to their engine meanwhile. So no rank ever holds the whole model.
+
+What each step sees:
+
+    finite check     NaN or Inf in a parameter, before anything is sent; the engine stays as it was
+    manifest         in the engine's process, before loading: missing, extra, misshapen, wrong type,
+                     truncated, changed on the way, not finite
+    version          a push that the engine did not take part in
+    probe            anything else: the engine's log-probs of given sequences against the trainer's
+                     own (transposed, swapped or stale weights, a stale head, a stale cache)
+
+Whatever fails on one rank is told to all, so that none waits for one that gave up. A failed engine
+is ended, and the next attempt, in which all ranks take part, starts it again.
+
+Collectives: the export's; per phase one gather of a short message from each rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vopd.hf_io import export_weights
+from megatron_vopd.hf_mapping import LayerSpec
+from megatron_vopd.model_facts import ModelFacts
+from megatron_vopd.parallel import Groups
+from megatron_vopd.rollout.accounting import check_rollouts
+from megatron_vopd.rollout.engine import (
+    Engine,
+    EngineError,
+    Progress,
+    PushReport,
+    Sampling,
+)
+from megatron_vopd.rollout.transfer import is_finite
+from megatron_vopd.types import Prompt, Rollout
+
+ScoreFn = Callable[[Sequence[Sequence[int]]], list[list[float]]]
+
+
+class WeightSyncError(EngineError):
+    """No engine may be sampled from: what failed, on which rank; raised on every rank."""
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Sequences whose log-probs prove a push.
+
+    Attributes:
+        sequences: token ids, the same on every rank; at least two ids each. One longer than a block
+            of the engine's cache also proves that the cache was dropped.
+        tolerance: largest |log-prob of the engine - of the trainer|, nats. 1e-5 fits fp32; in bf16
+            the two differ by rounding, 0.1 and more on single tokens.
+    """
+
+    sequences: tuple[tuple[int, ...], ...]
+    tolerance: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if not self.sequences or min(map(len, self.sequences)) < 2:
+            raise ValueError("probe: expected at least one sequence, of at least two ids each")
+
+
+def make_probe(
+    vocab_size: int, num_sequences: int = 4, length: int = 48, tolerance: float = 1e-5
+) -> Probe:
+    """Sequences of random ids, the same in every process: every layer and the head see them."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, vocab_size, (num_sequences, length), generator=generator).tolist()
+    return Probe(tuple(map(tuple, ids)), tolerance)
+
+
+def is_leader(groups: Groups) -> bool:
+    """Whether this rank is its replica's data-parallel leader: the one that may have an engine."""
+    at = groups.coordinates
+    return at.tp == at.pp == at.cp == 0
+
+
+def push(
+    student: torch.nn.Module,
+    facts: ModelFacts,
+    groups: Groups,
+    engine: Engine | None,
+    policy_version: int,
+    score_fn: ScoreFn | None = None,
+    probe: Probe | None = None,
+    layer_spec: LayerSpec = "local",
+    attempts: int = 2,
+) -> PushReport:
+    """Bring every engine to the student's weights. Called by all ranks of the world together.
+
+    Parameters must be current on every rank: with a distributed optimizer that overlaps their
+    gathering, gather them first.
+
+    Args:
+        student: the model, not wrapped.
+        engine: of this rank; None: it has none.
+        score_fn: sequences -> the trainer's log-probs of ids 1.. of each, on every rank that has an
+            engine; collective, called on every rank. None: the push is not probed.
+        attempts: pushes until it is given up.
+
+    Returns:
+        On every rank the report of the slowest engine, its probe gap the largest of all.
+
+    Raises:
+        WeightSyncError: on every rank. No engine holds weights that were found wrong.
+    """
+    _require_finite(student)
+    for attempt in range(1, attempts + 1):
+        reports, failures = _attempt(student, facts, groups, engine, policy_version, layer_spec)
+        if not failures and score_fn is not None and probe is not None:
+            reports, failures = _prove(engine, reports, score_fn, probe)
+        if not failures:
+            return _slowest(reports, policy_version, attempt)
+    raise WeightSyncError(
+        f"push of policy version {policy_version} failed {attempts} times; last: "
+        + "; ".join(failures)
+    )
+
+
+def _require_finite(student: torch.nn.Module) -> None:
+    """Each rank checks its own shards; all raise if one finds a fault."""
+    bad = [name for name, shard in student.named_parameters() if not is_finite(shard)]
+    found = f"{bad[0]} and {len(bad) - 1} more parameters are not finite" if bad else ""
+    _, failures = _agree(None, found)
+    if failures:
+        raise WeightSyncError(f"push: {'; '.join(failures)}; the engines keep their weights")
+
+
+def _attempt(
+    student: torch.nn.Module,
+    facts: ModelFacts,
+    groups: Groups,
+    engine: Engine | None,
+    policy_version: int,
+    layer_spec: LayerSpec,
+) -> tuple[list[PushReport], list[str]]:
+    tensors = _Walk(export_weights(student, facts, groups, layer_spec, with_tied_head=True))
+    report, failure = None, ""
+    if engine is not None:
+        try:
+            report = engine.update_weights(tensors, policy_version)
+            if engine.policy_version != policy_version:
+                failure = f"the engine has version {engine.policy_version}"
+                engine.refuse_weights(failure)
+        except EngineError as error:
+            failure = str(error)
+    tensors.finish()
+    return _agree(report, failure)
+
+
+class _Walk:
+    """The tensors of a push; `finish` walks what an engine left, so that all ranks get through."""
+
+    def __init__(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
+        self._tensors = tensors
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._tensors
+
+    def finish(self) -> None:
+        for _ in self._tensors:
+            pass
+
+
+def _prove(
+    engine: Engine | None, reports: list[PushReport], score_fn: ScoreFn, probe: Probe
+) -> tuple[list[PushReport], list[str]]:
+    expected = score_fn(probe.sequences)
+    gap, failure = 0.0, ""
+    if engine is not None:
+        try:
+            gap = max(
+                largest_gap(engine.probe_logprobs(probe.sequences, replica), expected)
+                for replica in range(engine.num_replicas)
+            )
+            if not gap <= probe.tolerance:
+                failure = (
+                    f"the engine's log-probs of the probe are off by {gap:.3g} nats "
+                    f"(limit {probe.tolerance:g}): it does not hold the student's weights"
+                )
+                engine.refuse_weights(failure)
+        except EngineError as error:
+            failure = str(error)
+    gaps, failures = _agree(gap if engine is not None else None, failure)
+    return [replace(report, probe_gap=max(gaps, default=0.0)) for report in reports], failures
+
+
+def largest_gap(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
+    """Largest difference; NaN where one is NaN."""
+    gaps = [
+        abs(a - b)
+        for ours, theirs in zip(found, expected, strict=True)
+        for a, b in zip(ours, theirs, strict=True)
+    ]
+    return float("nan") if any(gap != gap for gap in gaps) else max(gaps)
+
+
+def _agree(result: Any, failure: str) -> tuple[list[Any], list[str]]:
+    """Results of all ranks that have one, and the failures of all ranks with their rank."""
+    outcomes: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(outcomes, (result, failure))
+    results = [result for result, _ in outcomes if result is not None]
+    failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
+    return results, failures
+
+
+def _slowest(reports: list[PushReport], policy_version: int, attempt: int) -> PushReport:
+    slowest = max(
+        reports,
+        key=lambda report: report.seconds,
+        default=PushReport(policy_version, num_bytes=0, seconds=0.0),
+    )
+    return replace(slowest, attempts=attempt)
+
+
+def sample(
+    engine: Engine | None,
+    prompts: Sequence[Prompt],
+    sampling: Sampling,
+    policy_version: int,
+    vocab_size: int,
+    push_again: Callable[[], Any],
+    max_staleness: int = 0,
+    progress: Progress | None = None,
+    attempts: int = 2,
+) -> list[Rollout]:
+    """This rank's rollouts, checked; sampled again where an engine failed. Called by all ranks.
+
+    A response's seed depends on the step, its prompt and its number alone, so the second attempt
+    gives what the first would have given.
+
+    Args:
+        prompts: of this rank's engine; without an engine they are not used.
+        push_again: pushes the current weights; called on all ranks after a failure.
+
+    Raises:
+        WeightSyncError: on every rank.
+    """
+    failures: list[str] = []
+    for attempt in range(attempts):
+        if attempt:
+            push_again()
+        rollouts, failure = [], ""
+        if engine is not None:
+            try:
+                rollouts = engine.generate(prompts, sampling, progress)
+                check_rollouts(
+                    rollouts, prompts, sampling, policy_version, max_staleness, vocab_size
+                )
+            except EngineError as error:
+                failure = str(error)
+        _, failures = _agree(None, failure)
+        if not failures:
+            return rollouts
+    raise WeightSyncError(f"sampling failed {attempts} times; last: {'; '.join(failures)}")
