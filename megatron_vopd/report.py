@@ -52,17 +52,14 @@ class Curve:
     points: tuple[tuple[float, float], ...]
 
 
-def curves(lines: Sequence[dict[str, Any]], pattern: str) -> list[Curve]:
-    """The metrics whose whole name matches, by name; those without a finite value are left out."""
-    names = sorted({key for line in lines for key in line if re.fullmatch(pattern, key)})
-    found = [
-        Curve(
-            name,
-            tuple((line["step"], line[name]) for line in lines if _is_finite(line.get(name))),
-        )
-        for name in names
-    ]
-    return [curve for curve in found if curve.points]
+def curves(lines: Sequence[dict[str, Any]]) -> list[Curve]:
+    """All metrics by name; those without a finite value are left out."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "step" and _is_finite(value):
+                points.setdefault(name, []).append((line["step"], value))
+    return [Curve(name, tuple(points[name])) for name in sorted(points)]
 
 
 def _is_finite(value: Any) -> bool:
@@ -192,14 +189,13 @@ def report_html(name: str, recorded: Recorded, config_text: str | None) -> str:
         config_text: resolved configuration; None: not shown.
     """
     lines = recorded.lines
-    figures, used = [], set[str]()
+    figures, left = [], curves(lines)
     for title, pattern, unit in _CHARTS:
-        drawn = curves(lines, pattern)
-        used |= {curve.name for curve in drawn}
+        drawn = [curve for curve in left if re.fullmatch(pattern, curve.name)]
+        left = [curve for curve in left if curve not in drawn]
         if drawn:
             figures.append(chart(title, unit, drawn))
-    others = [curve for curve in curves(lines, r"[^/]+/.+") if curve.name not in used]
-    figures += [chart(curve.name, "", [curve]) for curve in others]
+    figures += [chart(curve.name, "", [curve]) for curve in left]
     steps = f"{len(lines)} recorded steps, {lines[0]['step']} to {lines[-1]['step']}"
     if recorded.is_torn:
         steps += "; the last line was torn and is left out"
