@@ -20,6 +20,7 @@ from megatron_vopd.problems import shown
 from megatron_vopd.types import UserError
 
 METRICS_NAME = "metrics.jsonl"
+_MAX_STEP = 2**53
 
 
 class MetricsError(UserError):
@@ -67,8 +68,8 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    is_line = isinstance(line, dict) and type(line.get("step")) is int
-    return line if is_line else None
+    step = line.get("step") if isinstance(line, dict) else None
+    return line if type(step) is int and 0 <= step < _MAX_STEP else None
 
 
 def metrics_line(step: int, metrics: Mapping[str, float]) -> str:

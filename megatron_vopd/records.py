@@ -72,6 +72,9 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
             where = f"{name}:{number}"
             try:
                 value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if b"\\u" in line:
+                    # Halves of surrogate pairs can be escaped, and are no text.
+                    json.dumps(value, ensure_ascii=False).encode()
             except json.JSONDecodeError as error:
                 got = f"{error.msg} at column {error.colno}"
                 raise _bad_line(where, got) from None

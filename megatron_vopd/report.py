@@ -24,6 +24,9 @@ _WIDTH, _HEIGHT = 460, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 26
 _COLOURS = ("#3b6fd4", "#d1603d", "#3a9a6a", "#9457c9", "#b3842a", "#c2457f", "#4f9fb5", "#777777")
 
+# What cannot be drawn: values beyond are left out, differences below count as none.
+_LARGEST, _SMALLEST = 1e300, 1e-300
+
 # Title, pattern of the metrics drawn together, unit.
 _CHARTS: tuple[tuple[str, str, str], ...] = (
     ("Accuracy", r"eval/.+/(avg|pass)@\d+", "share of right answers"),
@@ -46,7 +49,7 @@ _CHARTS: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (step, value) of one metric, finite, by ascending step."""
+    """Points (step, value) of one metric, drawable, by ascending step."""
 
     name: str
     points: tuple[tuple[float, float], ...]
@@ -64,7 +67,7 @@ def curves(lines: Sequence[dict[str, Any]]) -> list[Curve]:
 
 def _is_finite(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return is_number and -_LARGEST < value < _LARGEST
 
 
 def thinned(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
@@ -82,8 +85,9 @@ def thinned(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[flo
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round values from at most `low` to at least `high`, `count` of them or a few more or less."""
-    if high <= low:
-        pad = abs(low) * 0.1 or 1.0
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-12 * size or size < _SMALLEST:
+        pad = 0.1 * size if size > _SMALLEST else 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / count
     magnitude = 10 ** math.floor(math.log10(raw))
@@ -226,7 +230,7 @@ def write_report(run_dir: Path) -> tuple[Path, Recorded]:
         text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
         page = report_html(run_dir.resolve().name, recorded, text)
         out, beside = run_dir / REPORT_NAME, run_dir / (REPORT_NAME + ".tmp")
-        beside.write_text(page, encoding="utf-8")
+        beside.write_text(page, encoding="utf-8", errors="replace")
         os.replace(beside, out)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; check the run folder") from None

@@ -106,6 +106,7 @@ def test_kill_9_loses_no_completed_step(tmp_path: Path) -> None:
         (b'{"step": 1}\n{"no": 2}\n{"step": 3}\n', ["metrics.jsonl:2", "with a step"]),
         (b'{"step": 1}\n[2]\n{"step": 3}\n', ["metrics.jsonl:2"]),
         (b'{"step": 1}\n{"step": "2"}\n{"step": 3}\n', ["metrics.jsonl:2"]),
+        (b'{"step": 1}\n{"step": 1' + b"0" * 30 + b'}\n{"step": 3}\n', ["metrics.jsonl:2"]),
         (b'{"step": 2}\n{"step": 2}\n', ["metrics.jsonl:2", "step 2 after step 2"]),
         (b"[" * 100_000 + b'\n{"step": 2}\n', ["metrics.jsonl:1"]),
         (b'\xff\xfe\n{"step": 2}\n', ["metrics.jsonl:1"]),
