@@ -104,14 +104,14 @@ class MetricsFile:
         kept = [line for line in recorded.lines if line["step"] <= last_step]
         self.num_dropped = len(recorded.lines) - len(kept)
         self.last_recorded = kept[-1]["step"] if kept else -1
-        if recorded.is_torn or self.num_dropped:
-            self._rewrite(len(kept))
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         try:
+            if recorded.is_torn or self.num_dropped:
+                self._rewrite(len(kept))
             self._fd = os.open(path, flags, 0o644)
+            _sync_folder(path.parent)
         except OSError as error:
             raise MetricsError(f"{path}: {error.strerror}; check the run folder") from None
-        _sync_folder(path.parent)
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a completed step; it is on the disk when this returns.
