@@ -57,6 +57,7 @@ WRONG = [
     ("A", "Answer: B) An answer"),
     ("2", r"<think>\boxed{2}</think>It is \boxed{3}"),
     ("2", r"<think>surely \boxed{2}"),
+    ("2", r"<think>perhaps \boxed{2}</think>I cannot say."),
     ("7", r"\boxed{" * 200),
 ]
 
