@@ -75,6 +75,7 @@ class LocalEngine:
         self._process: subprocess.Popen | None = None
         self._connection: Any = None  # multiprocessing's Connection
         self._asleep = False
+        self._log_start = 0
 
     # -- the child ---------------------------------------------------------------------------
 
@@ -105,7 +106,10 @@ class LocalEngine:
         self._connection = ours
         self._asleep = False
         self.num_starts += 1
+        self._log_start = os.path.getsize(settings.log_path)
         self._call("load", settings.engine_arguments(), seconds=settings.start_seconds)
+        # vLLM logs failures of parts that are not used here while it starts.
+        self._log_start = os.path.getsize(settings.log_path)
 
     def processes(self) -> list[int]:
         """Process ids of the keeper, the host and its workers."""
@@ -159,7 +163,7 @@ class LocalEngine:
         """The last line of the engine's log that looks like a cause."""
         with suppress(OSError), open(self.settings.log_path, "rb") as log:
             log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - LOG_TAIL_BYTES))
+            log.seek(max(self._log_start, log.tell() - LOG_TAIL_BYTES))
             lines = log.read().decode("ascii", "replace").splitlines()
             causes = [line.strip() for line in lines if "Error: " in line]
             return f"; last error: {causes[-1][:300]}" if causes else ""

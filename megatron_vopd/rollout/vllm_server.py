@@ -277,9 +277,9 @@ class ServerEngine:
         found = []
         for ids in sequences:
             # First the last id, by sampling, which reads the cache; see engine_host.
-            last = self._ask(
-                server, ids[:-1], {"logprobs": 2, "logprob_token_ids": [ids[-1]], "max_tokens": 1}
-            )
+            # The answer leaves out the last of the requested ids, so the id is requested twice.
+            wanted = {"logprobs": 2, "logprob_token_ids": [ids[-1]] * 2, "max_tokens": 1}
+            last = self._ask(server, ids[:-1], wanted)
             top = last["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             scores = {entry["token_id"]: entry["logprob"] for entry in top}
             whole = self._ask(server, ids, {"prompt_logprobs": 0, "max_tokens": 1})

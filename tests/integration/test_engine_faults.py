@@ -25,7 +25,15 @@ from megatron_vopd.types import Layout
 from megatron_vopd.weight_sync import WeightSyncError, is_leader, make_probe, push
 from tests.distributed.harness import spawn
 from tests.distributed.layouts import Case, enter
-from tests.integration.engines import MODELS, VOCAB, Student, make_prompts, needs_vllm, settings
+from tests.integration.engines import (
+    MODELS,
+    TOLERANCE,
+    VOCAB,
+    Student,
+    make_prompts,
+    needs_vllm,
+    settings,
+)
 
 pytestmark = needs_vllm
 Stream = Iterable[tuple[str, Tensor]]
@@ -155,7 +163,7 @@ class Bench:
             self.engine,
             self.version,
             score_fn=self.student.score,
-            probe=make_probe(VOCAB),
+            probe=make_probe(VOCAB, tolerance=TOLERANCE),
             attempts=1,
         )
 
