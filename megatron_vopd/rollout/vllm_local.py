@@ -127,8 +127,10 @@ class LocalEngine:
         Raises:
             EngineError: no answer in time, no process, or a refusal. The engine is ended.
         """
-        if self._connection is None:
+        if self._connection is None or self._process is None:
             raise EngineError(f"engine, {command}: not running; push weights first")
+        if self._process.poll() is not None:
+            self._fail(command, "its keeper is gone, and nobody would end it after the trainer")
         begin = moved = time.monotonic()
         deadline = begin + (seconds or self.settings.push_seconds)
         try:
@@ -145,15 +147,15 @@ class LocalEngine:
                 if kind == "ok":
                     return value
                 if kind == "error":
-                    self._fail(command, value)
+                    self._fail(command, value, is_known=True)
                 if on_progress is not None:
                     on_progress(value)
         except (EOFError, ConnectionError):
             self._fail(command, "its process died")
 
-    def _fail(self, command: str, seen: str) -> None:
-        """End the engine, then raise."""
-        last_words = self._last_error()
+    def _fail(self, command: str, seen: str, is_known: bool = False) -> None:
+        """End the engine, then raise; unless the cause is known, the log may tell it."""
+        last_words = "" if is_known else self._last_error()
         self._end()
         raise EngineError(
             f"engine, {command}: {seen}{last_words} (log: {self.settings.log_path})"

@@ -34,7 +34,7 @@ from megatron_vopd.rollout.engine import (
     generation_report,
     response_seed,
 )
-from megatron_vopd.rollout.http_servers import Server, Spread
+from megatron_vopd.rollout.http_servers import RefusedByServerError, Server, Spread
 from megatron_vopd.rollout.transfer import Sent, expected_weights, send_weights
 from megatron_vopd.types import Prompt, Rollout, UserError
 
@@ -321,7 +321,7 @@ def _rollout(
     spans = choice.get("weight_versions") or []
     versions = {span["version"] for span in spans}
     if versions != {str(version)}:
-        raise EngineError(
+        raise RefusedByServerError(
             f"server {server.url}, generate: sampled from weights {sorted(versions)}, expected "
             f"{version}; was it started again?"
         )

@@ -24,6 +24,7 @@ from tests.tiny_models import TinyModel
 needs_vllm = [
     pytest.mark.slow,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM: make engine"),
+    pytest.mark.usefixtures("patient_world"),
 ]
 # vLLM's attention on CPU asks for heads of 32 and more. Weights of ordinary size: with 0.15, as
 # elsewhere in these tests, logits are so large that fp32 alone accounts for 1e-5.
