@@ -62,8 +62,8 @@ class Host:
         """Give device memory back."""
         self._llm.sleep(level=level)
 
-    def wake(self, tags: list[str] | None) -> None:
-        """Take it again: weights, kv_cache or (None) all."""
+    def wake(self, tags: list[str]) -> None:
+        """Take it again: for weights, kv_cache."""
         self._llm.wake_up(tags=tags)
 
     def shut_down(self) -> None:

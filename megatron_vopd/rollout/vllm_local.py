@@ -74,7 +74,7 @@ class LocalEngine:
         self.num_starts = 0
         self._process: subprocess.Popen | None = None
         self._connection: Any = None  # multiprocessing's Connection
-        self._asleep = False
+        self._asleep: list[str] = []  # what vLLM has put to sleep
         self._log_start = 0
 
     # -- the child ---------------------------------------------------------------------------
@@ -104,7 +104,7 @@ class LocalEngine:
             )
         theirs.close()
         self._connection = ours
-        self._asleep = False
+        self._asleep = []
         self.num_starts += 1
         self._log_start = os.path.getsize(settings.log_path)
         self._call("load", settings.engine_arguments(), seconds=settings.start_seconds)
@@ -255,8 +255,7 @@ class LocalEngine:
         """
         self.start()
         self.policy_version = None
-        if self._asleep:
-            self._call("wake", ["weights"])
+        self._wake("weights")
         begin = time.monotonic()
         try:
             sent = self._send(tensors, str(policy_version))
@@ -298,13 +297,17 @@ class LocalEngine:
         """Weights to host memory, cache dropped; CPU engines stay awake."""
         if self.settings.device != "cpu" and self._process is not None and not self._asleep:
             self._call("sleep", 1)
-            self._asleep = True
+            self._asleep = ["weights", "kv_cache"]
 
     def wake(self) -> None:
-        """Undo `sleep`."""
-        if self._asleep:
-            self._call("wake", None)
-            self._asleep = False
+        """Undo `sleep`; a push has woken the weights already."""
+        self._wake("weights", "kv_cache")
+
+    def _wake(self, *tags: str) -> None:
+        wanted = [tag for tag in tags if tag in self._asleep]
+        if wanted:
+            self._call("wake", wanted)
+            self._asleep = [tag for tag in self._asleep if tag not in wanted]
 
     def close(self) -> None:
         """Ask the child to end, then end it."""

@@ -227,8 +227,11 @@ class ServerEngine:
         if not self._is_checked:
             self.wait_until_up()
         self.policy_version = None
-        fan = _Fan(self._push_servers, self.settings.push_seconds)
         begin = time.monotonic()
+        if not self._push_servers:
+            self._follow(tensors, policy_version)
+            return PushReport(policy_version, 0, time.monotonic() - begin)
+        fan = _Fan(self._push_servers, self.settings.push_seconds)
         fan.post("/pause?mode=wait")
         try:
             sent = self._send(tensors, fan, str(policy_version))
@@ -244,8 +247,6 @@ class ServerEngine:
 
     def _send(self, tensors: Iterable[tuple[str, Tensor]], fan: _Fan, version: str) -> Sent:
         dtype = getattr(torch, self.settings.dtype)
-        if not self._push_servers:
-            return Sent(0, 0)
         if self.settings.transport == "shm":
             return send_weights(tensors, fan, dtype, version)
         from megatron_vopd.hf_folder import read_facts
@@ -263,6 +264,22 @@ class ServerEngine:
         sent = self._nccl.send(tensors, expected_weights(facts), dtype)
         fan.post("/update_weight_version", {"new_version": version})
         return sent
+
+    def _follow(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Another leader pushes to these servers: wait until they have its weights."""
+        for _ in tensors:
+            pass
+        deadline = time.monotonic() + self.settings.push_seconds
+        self.policy_version = policy_version
+        while True:
+            try:
+                self._version_of_servers("push")
+                return
+            except EngineError:
+                if time.monotonic() > deadline:
+                    raise
+            self.policy_version = policy_version
+            time.sleep(0.1)
 
     def _abort(self, fan: _Fan) -> None:
         """Leave an unfinished update: vLLM ends one only when a part of it fails."""
