@@ -34,7 +34,7 @@ from megatron_vopd.rollout.engine import (
     generation_report,
     response_seed,
 )
-from megatron_vopd.rollout.http_servers import Server, Spread
+from megatron_vopd.rollout.http_servers import RefusedByServerError, Server, Spread
 from megatron_vopd.rollout.transfer import Sent, expected_weights, send_weights
 from megatron_vopd.types import Prompt, Rollout, UserError
 
@@ -227,8 +227,11 @@ class ServerEngine:
         if not self._is_checked:
             self.wait_until_up()
         self.policy_version = None
-        fan = _Fan(self._push_servers, self.settings.push_seconds)
         begin = time.monotonic()
+        if not self._push_servers:
+            self._follow(tensors, policy_version)
+            return PushReport(policy_version, 0, time.monotonic() - begin)
+        fan = _Fan(self._push_servers, self.settings.push_seconds)
         fan.post("/pause?mode=wait")
         try:
             sent = self._send(tensors, fan, str(policy_version))
@@ -244,8 +247,6 @@ class ServerEngine:
 
     def _send(self, tensors: Iterable[tuple[str, Tensor]], fan: _Fan, version: str) -> Sent:
         dtype = getattr(torch, self.settings.dtype)
-        if not self._push_servers:
-            return Sent(0, 0)
         if self.settings.transport == "shm":
             return send_weights(tensors, fan, dtype, version)
         from megatron_vopd.hf_folder import read_facts
@@ -264,6 +265,22 @@ class ServerEngine:
         fan.post("/update_weight_version", {"new_version": version})
         return sent
 
+    def _follow(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Another leader pushes to these servers: wait until they have its weights."""
+        for _ in tensors:
+            pass
+        deadline = time.monotonic() + self.settings.push_seconds
+        self.policy_version = policy_version
+        while True:
+            try:
+                self._version_of_servers("push")
+                return
+            except EngineError:
+                if time.monotonic() > deadline:
+                    raise
+            self.policy_version = policy_version
+            time.sleep(0.1)
+
     def _abort(self, fan: _Fan) -> None:
         """Leave an unfinished update: vLLM ends one only when a part of it fails."""
         with suppress(EngineError):
@@ -277,9 +294,9 @@ class ServerEngine:
         found = []
         for ids in sequences:
             # First the last id, by sampling, which reads the cache; see engine_host.
-            last = self._ask(
-                server, ids[:-1], {"logprobs": 2, "logprob_token_ids": [ids[-1]], "max_tokens": 1}
-            )
+            # The answer leaves out the last of the requested ids, so the id is requested twice.
+            wanted = {"logprobs": 2, "logprob_token_ids": [ids[-1]] * 2, "max_tokens": 1}
+            last = self._ask(server, ids[:-1], wanted)
             top = last["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             scores = {entry["token_id"]: entry["logprob"] for entry in top}
             whole = self._ask(server, ids, {"prompt_logprobs": 0, "max_tokens": 1})
@@ -321,7 +338,7 @@ def _rollout(
     spans = choice.get("weight_versions") or []
     versions = {span["version"] for span in spans}
     if versions != {str(version)}:
-        raise EngineError(
+        raise RefusedByServerError(
             f"server {server.url}, generate: sampled from weights {sorted(versions)}, expected "
             f"{version}; was it started again?"
         )
