@@ -1,0 +1,344 @@
+"""A run from its configuration: every part built in the order in which the ranks need it.
+
+Every rank calls `assemble` with the same configuration. Whatever is wrong on one rank is raised on
+all of them as one UserError; process groups and models are made in the same order everywhere.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_vopd.collector import Grader as GradeRollout
+from megatron_vopd.collector import RolloutCollector
+from megatron_vopd.config import Config
+from megatron_vopd.config.schema import TeacherSection
+from megatron_vopd.config.table import resolved_yaml
+from megatron_vopd.config.world import layouts
+from megatron_vopd.curriculum import build_curriculum
+from megatron_vopd.data import PromptTokenizer, TrainingPrompts, load_training_prompts
+from megatron_vopd.grading import Grader
+from megatron_vopd.hf_mapping import LayerSpec
+from megatron_vopd.hub import local_model_folder
+from megatron_vopd.model import ModelOptions
+from megatron_vopd.parallel import Groups, in_step, independent_groups, student_groups
+from megatron_vopd.preflight import preflight
+from megatron_vopd.problems import ConfigError, Problem
+from megatron_vopd.prompt_stream import PromptStream
+from megatron_vopd.responses import load_responses
+from megatron_vopd.rollout.choose import make_engine
+from megatron_vopd.rollout.engine import Engine, PushReport
+from megatron_vopd.run_log import MetricsWriter
+from megatron_vopd.scoring import sequence_logprobs
+from megatron_vopd.settings import step_settings
+from megatron_vopd.stop_ids import stop_ids
+from megatron_vopd.student import Student, load_student
+from megatron_vopd.teacher import Teacher
+from megatron_vopd.trainer import Trainer
+from megatron_vopd.types import Rollout
+from megatron_vopd.weight_sync import Probe, is_leader, make_probe, push
+
+_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Largest gap between engine and trainer on one token of the probe, nats, by what both compute in.
+_PROBE_TOLERANCES = {"fp32": 1e-4, "bf16": 0.3}
+_PROBE_LENGTH = 48
+
+
+@dataclass
+class Run:
+    """A run that is ready to train. Close it on every rank."""
+
+    config: Config
+    run_dir: Path
+    student_dir: str
+    student: Student
+    trainer: Trainer
+    engine: Engine | None
+    pusher: Pusher | None
+    writer: MetricsWriter | None
+    resources: ExitStack
+
+    def say(self, text: str) -> None:
+        """A line for the reader, on the rank that has the terminal."""
+        if self.writer is not None:
+            self.writer.say(text)
+
+    def close(self) -> None:
+        """End the engine and everything else that was started."""
+        self.resources.close()
+
+
+class Pusher:
+    """Gives the engines the student's weights, and keeps the report of the last push."""
+
+    def __init__(self, student: Student, engine: Engine | None, probe: Probe, longest: int) -> None:
+        self._student, self._engine, self._probe, self._longest = student, engine, probe, longest
+        self.report: PushReport | None = None
+
+    def __call__(self, policy_version: int) -> PushReport:
+        student = self._student
+        self.report = push(
+            student.bare,
+            student.facts,
+            student.groups,
+            self._engine,
+            policy_version,
+            lambda sequences: sequence_logprobs(student, sequences, self._longest),
+            self._probe,
+            student.options.layer_spec,
+        )
+        return self.report
+
+
+@dataclass(frozen=True)
+class _Sink:
+    """Steps go to the writer together with what the engine and the last push say of themselves."""
+
+    writer: MetricsWriter
+    engine: Engine | None
+    pusher: Pusher | None
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        known: dict[str, float] = {}
+        if self.engine is not None and self.engine.generation is not None:
+            known |= self.engine.generation.metrics()
+        if self.pusher is not None and self.pusher.report is not None:
+            known |= self.pusher.report.metrics()
+        self.writer.record(step, known | values)
+
+
+def resolved_device(config: Config) -> str:
+    """cpu or cuda; what is asked for and missing is an error."""
+    asked, has_gpu = config.parallel.device, torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
+        raise ConfigError(
+            [
+                Problem(
+                    "parallel.device", "cuda", "a GPU that torch can use", "set parallel.device=cpu"
+                )
+            ]
+        )
+    return asked if asked != "auto" else "cuda" if has_gpu else "cpu"
+
+
+def resolved_layer_spec(config: Config, device: str) -> LayerSpec:
+    """te or local; what is asked for and missing is an error."""
+    has_te = device == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    asked = config.parallel.backend
+    if asked == "te" and not has_te:
+        raise ConfigError(
+            [
+                Problem(
+                    "parallel.backend",
+                    "te",
+                    "transformer_engine installed, and a GPU",
+                    "set parallel.backend=local",
+                )
+            ]
+        )
+    if asked != "auto":
+        return cast(LayerSpec, asked)
+    return "te" if has_te else "local"
+
+
+def require_sound(config: Config) -> None:
+    """Everything that `vopd check` would refuse, on this world; raises ConfigError."""
+    findings = preflight(config, dist.get_world_size())
+    if findings.problems:
+        raise ConfigError(findings.problems)
+
+
+def assemble(config: Config, device: str, engine: Engine | None = None) -> Run:
+    """Everything that training needs; no engine is started before the first push.
+
+    Args:
+        device: of the world that was joined by `parallel.init_world`.
+        engine: instead of the configured one, on leaders (dry run): it gets no weights.
+
+    Raises:
+        UserError: on every rank, what one of them cannot work with.
+    """
+    in_step(lambda: require_sound(config))
+    run_dir = Path(config.run.dir) / config.run.name
+    in_step(lambda: _prepare_folder(run_dir, config))
+    with ExitStack() as stack:
+        run = _assembled(config, device, engine, run_dir, stack)
+        run.resources = stack.pop_all()
+        return run
+
+
+def _assembled(
+    config: Config, device: str, stand_in: Engine | None, run_dir: Path, stack: ExitStack
+) -> Run:
+    student_dir = in_step(lambda: local_model_folder(config.student.path, "student.path"))
+    ends = in_step(lambda: stop_ids(config))
+    settings = step_settings(config, ends, run_dir / "skipped")
+    tokenizer = in_step(lambda: PromptTokenizer.of(config.student))
+    student, teachers = _models(config, device, student_dir)
+    sources = in_step(lambda: _sources(config, tokenizer, ends, student))
+    vocab_size = min(model.facts.vocab_size for model in (student, *teachers.values()))
+    engine, pusher = stand_in, None
+    if settings.num_asked and stand_in is None:
+        engine = in_step(lambda: _engine(config, student, student_dir, run_dir, device))
+        if engine is not None:
+            stack.callback(engine.close)
+        pusher = Pusher(student, engine, _probe(config, vocab_size), _longest_row(config))
+    collector = RolloutCollector(
+        student.groups,
+        engine,
+        sources.prompts.stream,
+        settings,
+        vocab_size,
+        device,
+        sources.responses,
+        _grader(config, tokenizer, stack),
+        pusher,
+    )
+    writer = in_step(lambda: _writer(config, run_dir, stack) if stand_in is None else None)
+    sink = _Sink(writer, engine, pusher) if writer is not None else None
+    trainer = Trainer(
+        student,
+        teachers,
+        collector,
+        build_curriculum(config.curriculum),
+        settings,
+        sink,
+        sources.prompts.held_out,
+    )
+    return Run(config, run_dir, student_dir, student, trainer, engine, pusher, writer, stack)
+
+
+def _prepare_folder(run_dir: Path, config: Config) -> None:
+    """The run folder with its resolved configuration; an earlier run's results are not mixed in."""
+    if dist.get_rank() != 0:
+        return
+    if (run_dir / "metrics.jsonl").exists():
+        raise ConfigError(
+            [
+                Problem(
+                    "run.name",
+                    f"{run_dir}, which holds a run already",
+                    "a folder without metrics.jsonl",
+                    "choose another run.name or run.dir, or remove the folder",
+                )
+            ]
+        )
+    run_dir.mkdir(parents=True, exist_ok=True)
+    (run_dir / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+
+
+def _models(config: Config, device: str, student_dir: str) -> tuple[Student, dict[str, Teacher]]:
+    """The student, then the teachers in the order of the configuration, on every rank."""
+    cuts = layouts(config, dist.get_world_size())
+    spec = in_step(lambda: resolved_layer_spec(config, device))
+    groups = student_groups(cuts["student"], config.run.seed)
+    options = ModelOptions(
+        _DTYPES[config.student.dtype],
+        device,
+        spec,
+        config.parallel.sequence_parallel,
+        config.student.recompute,
+    )
+    student = in_step(
+        lambda: load_student(student_dir, groups, options, config.optimizer, config.train.steps)
+    )
+    teachers: dict[str, Teacher] = {}
+    if config.scores_with_teacher:
+        for key, section in config.named_teachers.items():
+            own = independent_groups(cuts[key])
+            teachers[key] = _teacher(key, section, own, student)
+    return student, teachers
+
+
+def _teacher(key: str, section: TeacherSection, groups: Groups, student: Student) -> Teacher:
+    folder = in_step(lambda: local_model_folder(section.path, f"{key}.path"))
+    options = ModelOptions(
+        _DTYPES[section.dtype], student.options.device, student.options.layer_spec, trained=False
+    )
+    return in_step(
+        lambda: Teacher(folder, groups, student.facts, student.groups, options, section.offload)
+    )
+
+
+@dataclass(frozen=True)
+class _Sources:
+    prompts: TrainingPrompts
+    responses: Any
+
+
+def _sources(
+    config: Config, tokenizer: PromptTokenizer, ends: tuple[int, ...], student: Student
+) -> _Sources:
+    """Prompts to answer, and ready responses, as far as the objective's prefixes need them."""
+    responses, asks = None, "student" in config.objective.prefix_fractions
+    if set(config.objective.prefix_fractions) - {"student"}:
+        context = min(student.facts.max_positions, config.train.max_tokens_per_microbatch)
+        ready = load_responses(config, tokenizer, ends, context)
+        responses = PromptStream(ready.rollouts, config.run.seed)
+        if not asks and config.data.train is None:
+            given = [rollout.prompt for rollout in ready.rollouts]
+            unused = TrainingPrompts(PromptStream(given, config.run.seed), [], 0)
+            return _Sources(unused, responses)
+    return _Sources(load_training_prompts(config, tokenizer), responses)
+
+
+def _engine(
+    config: Config, student: Student, student_dir: str, run_dir: Path, device: str
+) -> Engine | None:
+    if not is_leader(student.groups):
+        return None
+    longest = config.data.max_prompt_tokens + config.max_response_tokens
+    return make_engine(
+        config,
+        student_dir,
+        run_dir,
+        student.groups.coordinates.dp,
+        student.groups.layout.dp,
+        min(max(longest, _PROBE_LENGTH + 1), student.facts.max_positions),
+        device,
+        _own_gpu() if device == "cuda" else None,
+    )
+
+
+def _own_gpu() -> str:
+    """This rank's GPU as the engine's process has to name it."""
+    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
+    local_rank = int(os.environ["LOCAL_RANK"])
+    return visible[local_rank] if visible else str(local_rank)
+
+
+def _probe(config: Config, vocab_size: int) -> Probe:
+    exact = config.student.dtype == config.rollout.dtype == "fp32"
+    length = min(_PROBE_LENGTH, config.train.max_tokens_per_microbatch)
+    tolerance = _PROBE_TOLERANCES["fp32" if exact else "bf16"]
+    return make_probe(vocab_size, length=length, tolerance=tolerance)
+
+
+def _longest_row(config: Config) -> int:
+    return config.train.max_tokens_per_microbatch
+
+
+def _grader(config: Config, tokenizer: PromptTokenizer, stack: ExitStack) -> GradeRollout | None:
+    if config.objective.task_reward_weight == 0:
+        return None
+    grader = stack.enter_context(Grader())
+
+    def grade(rollout: Rollout) -> float:
+        return grader.grade(rollout.prompt, tokenizer.decoded(rollout.response_ids))
+
+    return grade
+
+
+def _writer(config: Config, run_dir: Path, stack: ExitStack) -> MetricsWriter | None:
+    if dist.get_rank() != 0:
+        return None
+    log = config.logging
+    writer = MetricsWriter(run_dir, log.tensorboard, log.wandb, log.console, config.train.steps)
+    return stack.enter_context(writer)

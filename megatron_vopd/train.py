@@ -1,0 +1,173 @@
+"""`torchrun -m megatron_vopd.train CONFIG`: a run from its configuration to the exported student.
+
+Every rank runs `main`. A mistake of the user is one line on rank 0 and exit status 2; a failure of
+the run (an engine, a lost rank, too many skipped steps) is one line and exit status 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_vopd.assembly import Run, assemble, resolved_device
+from megatron_vopd.config import Config, load_config
+from megatron_vopd.dry_run import RandomEngine, at_full_length
+from megatron_vopd.grading import GradingError
+from megatron_vopd.guard import SkipLimitError
+from megatron_vopd.hf_folder import read_model_folder
+from megatron_vopd.hub import local_model_folder
+from megatron_vopd.parallel import in_step_all, init_world
+from megatron_vopd.rollout.engine import EngineError
+from megatron_vopd.student_export import export_student
+from megatron_vopd.types import UserError
+
+OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out")
+
+_EXAMPLES = """\
+examples:
+  torchrun --nproc-per-node 8 -m megatron_vopd.train config.yaml
+  torchrun --nproc-per-node 8 -m megatron_vopd.train config.yaml train.steps=10 run.name=short
+  torchrun --nproc-per-node 8 -m megatron_vopd.train config.yaml --dry-run
+
+`vopd check CONFIG` looks at a configuration without starting anything."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train as configured; returns the exit status."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        config = load_config(options.config, options.overrides)
+        device = resolved_device(config)
+        _require_torchrun()
+        init_world(device)
+        status = _dry_run(config, device) if options.dry_run else _train(config, device)
+        dist.barrier()
+        return status
+    except UserError as error:
+        return _ended(MISTAKE, str(error))
+    except (EngineError, SkipLimitError, GradingError) as error:
+        return _ended(FAILED, f"{type(error).__name__}: {error}")
+    except KeyboardInterrupt:
+        return _ended(INTERRUPTED, "interrupted; what was recorded is in the run folder")
+    except RuntimeError as error:
+        if not any(text in str(error) for text in LOST_RANK):
+            raise
+        return _lost_rank(error)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="torchrun -m megatron_vopd.train",
+        description="Distil a teacher into a student on the student's own samples.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("config", metavar="CONFIG", help="YAML file; see examples/")
+    parser.add_argument(
+        "overrides",
+        metavar="section.key=value",
+        nargs="*",
+        default=[],
+        help="settings that replace the file's",
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="build everything, make one step on random tokens of the full length, print memory",
+    )
+    return parser
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _require_torchrun() -> None:
+    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
+    if missing:
+        raise UserError(
+            f"{missing[0]}: got nothing, expected the environment of a rank; start it with "
+            "torchrun --nproc-per-node N -m megatron_vopd.train CONFIG"
+        )
+
+
+def _train(config: Config, device: str) -> int:
+    run = assemble(config, device)
+    try:
+        if run.pusher is not None:
+            run.pusher(run.trainer.policy_version)
+        run.trainer.fit(config.train.steps)
+        if config.checkpoint.export_hf:
+            folder = run.run_dir / "hf" / f"step_{run.trainer.step}"
+            export_student(run.student, run.student_dir, folder)
+            run.say(f"the student is in {folder}")
+    finally:
+        run.close()
+    return OK
+
+
+def _dry_run(config: Config, device: str) -> int:
+    config = at_full_length(config)
+    folder = local_model_folder(config.student.path, "student.path", weights=False)
+    vocab_size = read_model_folder(folder).facts.vocab_size
+    run = assemble(config, device, RandomEngine(vocab_size))
+    try:
+        values = run.trainer.train_step()
+        _print_memory(run, values)
+    finally:
+        run.close()
+    return OK
+
+
+def _print_memory(run: Run, values: dict[str, float]) -> None:
+    """A line per rank: its place, what its student weighs, and the peak of one step."""
+    groups, bare = run.student.groups, run.student.bare
+    own = (
+        groups.coordinates,
+        sum(parameter.nbytes for parameter in bare.parameters()),
+        values["perf/peak_memory_bytes"],
+    )
+    everyone = in_step_all(lambda: own)
+    if dist.get_rank() != 0:
+        return
+    print("rank  tp  pp  dp  student weights  peak of one step")
+    for rank, (at, weights, peak) in enumerate(everyone):
+        sizes = f"{weights / 2**30:11.3f} GiB  {peak / 2**30:12.3f} GiB"
+        print(f"{rank:4}  {at.tp:2}  {at.pp:2}  {at.dp:2}  {sizes}")
+    seconds, tokens = values["time/total_seconds"], values["loss/num_tokens"]
+    print(f"one step of {tokens:.0f} response tokens: {seconds:.1f} s; nothing was saved")
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def _ended(status: int, line: str) -> int:
+    """The line, once: an error that concerns all ranks was raised on all of them."""
+    if _rank() == 0:
+        sys.stdout.flush()
+        print(line, file=sys.stderr, flush=True)
+    return status
+
+
+def _lost_rank(error: RuntimeError) -> int:
+    """A collective that another rank did not take part in: that one's own words say why."""
+    first = str(error).strip().splitlines()[0][:200]
+    print(f"rank {_rank()}: another rank is gone or hangs ({first})", file=sys.stderr, flush=True)
+    return FAILED
+
+
+if __name__ == "__main__":
+    status = main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Threads of a broken process group may wait for ever; the engine was closed above.
+    os._exit(status)
