@@ -62,9 +62,7 @@ class TestSources:
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """A home that cannot be written is usual on clusters."""
-        import datasets
-
-        monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", Path("/proc/none"))
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("/proc/none"))
         write_jsonl(tmp_path / "d" / "train.jsonl", RECORDS)
         assert len(self.names(str(tmp_path / "d"))) == 5
         (tmp_path / "j").mkdir()
