@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vopd.rollout import http_servers
 from megatron_vopd.rollout.accounting import AccountingError, check_rollouts
 from megatron_vopd.rollout.engine import EngineError, Sampling
 from megatron_vopd.rollout.http_servers import RefusedByServerError, Server
@@ -148,7 +149,10 @@ def test_a_push_pauses_loads_drops_the_cache_and_resumes(stubs: list[Stub]) -> N
 
 
 @pytest.mark.parametrize("mode", ["failing", "hung"])
-def test_the_other_server_takes_over(mode: str, stubs: list[Stub]) -> None:
+def test_the_other_server_takes_over(
+    mode: str, stubs: list[Stub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_servers, "HEALTH_SECONDS", 1.0)
     engine = _engine(stubs)
     sound = engine.generate(PROMPTS, SAMPLING)
     if mode == "hung":
@@ -163,7 +167,7 @@ def test_the_other_server_takes_over(mode: str, stubs: list[Stub]) -> None:
 
 
 def test_no_server_left(stubs: list[Stub]) -> None:
-    engine = _engine(stubs, deadline_seconds=3.0)
+    engine = _engine(stubs, deadline_seconds=1.5)
     stubs[0].mode = stubs[1].mode = "failing"
     begin = time.monotonic()
     with pytest.raises(EngineError, match="out of time with 0 of 24"):
