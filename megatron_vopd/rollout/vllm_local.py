@@ -66,6 +66,7 @@ class LocalEngine:
     """An `Engine`; see the module docstring. Nothing is started before the first push."""
 
     num_replicas = 1
+    host_module = "megatron_vopd.rollout.engine_host"
 
     def __init__(self, settings: LocalSettings) -> None:
         self.settings = settings
@@ -89,7 +90,7 @@ class LocalEngine:
             return
         settings = self.settings
         ours, theirs = Pipe()
-        host = [sys.executable, "-m", "megatron_vopd.rollout.engine_host", f"fd={theirs.fileno()}"]
+        host = [sys.executable, "-m", self.host_module, f"fd={theirs.fileno()}"]
         keeper = [sys.executable, "-m", "megatron_vopd.rollout.keeper", str(os.getpid())]
         Path(settings.log_path).parent.mkdir(parents=True, exist_ok=True)
         with open(settings.log_path, "ab") as log:

@@ -53,7 +53,7 @@ class ServerSettings:
         dtype: the servers' --dtype, as torch names it.
         transport: "shm" or "nccl".
         model_dir: HF folder that the servers were started with; for nccl.
-        master_address, master_port: of this process, for nccl.
+        master_address, master_port: where the servers reach this process, for nccl.
         allow_remote: the network between trainer and servers is closed to everybody else.
         concurrency: requests under way per server.
         deadline_seconds: for one call of `generate`.
@@ -68,7 +68,7 @@ class ServerSettings:
     transport: str = "shm"
     model_dir: str = ""
     master_address: str = "127.0.0.1"
-    master_port: int = 0
+    master_port: int = 29600
     allow_remote: bool = False
     concurrency: int = 64
     deadline_seconds: float = 1800.0
@@ -85,17 +85,32 @@ class _Fan:
         self._seconds = seconds
 
     def post(self, path: str, body: Any = None) -> None:
-        """To all; returns when all have answered, then raises the first failure."""
+        """The same to all; returns when all have answered, then raises the first failure."""
+        self._post_each(path, [body] * len(self._servers))
 
-        def one(server: Server) -> None:
-            server.call("POST", path, body, self._seconds)
-
+    def _post_each(self, path: str, bodies: Sequence[Any]) -> None:
         with ThreadPoolExecutor(max_workers=max(1, len(self._servers))) as pool:
-            for done in [pool.submit(one, server) for server in self._servers]:
+            pairs = zip(self._servers, bodies, strict=True)
+            waiting = [
+                pool.submit(server.call, "POST", path, body, self._seconds)
+                for server, body in pairs
+            ]
+            for done in waiting:
                 done.result()
 
+    def world_sizes(self) -> list[int]:
+        """Workers of each server."""
+        answers = [s.call("GET", "/get_world_size", seconds=self._seconds) for s in self._servers]
+        return [answer["world_size"] for answer in answers]
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.post("/init_weight_transfer_engine", {"init_info": init_info})
+        """Workers of all servers are ranks of one communicator, one server after another."""
+        sizes = self.world_sizes()
+        infos = [
+            init_info | {"rank_offset": init_info["rank_offset"] + sum(sizes[:number])}
+            for number in range(len(sizes))
+        ]
+        self._post_each("/init_weight_transfer_engine", [{"init_info": info} for info in infos])
 
     def start_weight_update(self) -> None:
         self.post("/start_weight_update")
@@ -253,13 +268,8 @@ class ServerEngine:
         from megatron_vopd.rollout.gpu_transfer import NcclSender
 
         if self._nccl is None:
-            workers = [
-                server.call("GET", "/get_world_size", seconds=self.settings.push_seconds)
-                for server in self._push_servers
-            ]
-            total = sum(answer["world_size"] for answer in workers)
             address, port = self.settings.master_address, self.settings.master_port
-            self._nccl = NcclSender(fan, address, port, total)
+            self._nccl = NcclSender(fan, address, port, sum(fan.world_sizes()))
         facts, _ = read_facts(f"{self.settings.model_dir}/config.json")
         sent = self._nccl.send(tensors, expected_weights(facts), dtype)
         fan.post("/update_weight_version", {"new_version": version})

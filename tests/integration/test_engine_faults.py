@@ -141,13 +141,17 @@ class Bench:
             self.log[name] = f"NOT NOTICED: {report}"
         except WeightSyncError as error:
             self.log[name] = str(error)
+            self._honest()
             if self._samples(False):
                 self.log[name] = f"STILL SAMPLES after {error}"
         finally:
             weight_sync.export_weights = export_weights
             Segment.update_info = original_info
-            if self.engine is not None:
-                self.engine.__class__ = LocalEngine
+            self._honest()
+
+    def _honest(self) -> None:
+        if self.engine is not None:
+            self.engine.__class__ = LocalEngine
 
     def _export(self) -> Iterator[tuple[str, Tensor]]:
         return export_weights(

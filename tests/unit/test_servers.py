@@ -12,10 +12,11 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_vopd.rollout import http_servers
 from megatron_vopd.rollout.accounting import AccountingError, check_rollouts
 from megatron_vopd.rollout.engine import EngineError, Sampling
 from megatron_vopd.rollout.http_servers import RefusedByServerError, Server
-from megatron_vopd.rollout.vllm_server import ServerEngine, ServerSettings, shares
+from megatron_vopd.rollout.vllm_server import ServerEngine, ServerSettings, _Fan, shares
 from megatron_vopd.types import Prompt, UserError
 
 PROMPTS = [Prompt(f"data:{i}", (i, 2)) for i in range(12)]
@@ -32,6 +33,7 @@ class Stub(ThreadingHTTPServer):
         self.mode = "sound"
         self.version = "default"
         self.calls: list[str] = []
+        self.last_body: Any = None
         self.hang_after = 10**9
         self.gone = threading.Event()
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
@@ -54,7 +56,9 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.server.mode == "hung":
             self.server.gone.wait(20)
-        if self.path == "/weight_info":
+        if self.path == "/get_world_size":
+            self.answer({"world_size": 2})
+        elif self.path == "/weight_info":
             self.answer({"weight_version": self.server.version})
         else:
             self.answer({})
@@ -62,6 +66,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "null")
         self.server.calls.append(self.path)
+        self.server.last_body = body
         if self.server.num_generated > self.server.hang_after:
             self.server.mode = "hung"
         mode = self.server.mode
@@ -148,7 +153,10 @@ def test_a_push_pauses_loads_drops_the_cache_and_resumes(stubs: list[Stub]) -> N
 
 
 @pytest.mark.parametrize("mode", ["failing", "hung"])
-def test_the_other_server_takes_over(mode: str, stubs: list[Stub]) -> None:
+def test_the_other_server_takes_over(
+    mode: str, stubs: list[Stub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http_servers, "HEALTH_SECONDS", 1.0)
     engine = _engine(stubs)
     sound = engine.generate(PROMPTS, SAMPLING)
     if mode == "hung":
@@ -163,7 +171,7 @@ def test_the_other_server_takes_over(mode: str, stubs: list[Stub]) -> None:
 
 
 def test_no_server_left(stubs: list[Stub]) -> None:
-    engine = _engine(stubs, deadline_seconds=3.0)
+    engine = _engine(stubs, deadline_seconds=1.5)
     stubs[0].mode = stubs[1].mode = "failing"
     begin = time.monotonic()
     with pytest.raises(EngineError, match="out of time with 0 of 24"):
@@ -219,6 +227,12 @@ def test_other_hosts_need_a_word() -> None:
     with pytest.raises(UserError, match="close that network"):
         ServerEngine(ServerSettings(("http://10.0.0.7:8000",)))
     ServerEngine(ServerSettings(("http://10.0.0.7:8000",), allow_remote=True))
+
+
+def test_workers_of_all_servers_have_ranks_of_their_own(stubs: list[Stub]) -> None:
+    fan = _Fan([Server(stub.url) for stub in stubs], 5.0)
+    fan.init_weight_transfer_engine({"rank_offset": 1, "world_size": 5})
+    assert [stub.last_body["init_info"]["rank_offset"] for stub in stubs] == [1, 3]
 
 
 def test_leaders_share_servers() -> None:
