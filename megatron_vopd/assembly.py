@@ -167,7 +167,8 @@ def assemble(config: Config, device: str, engine: Engine | None = None) -> Run:
     """
     in_step(lambda: require_sound(config))
     run_dir = Path(config.run.dir) / config.run.name
-    in_step(lambda: _prepare_folder(run_dir, config))
+    if engine is None:
+        in_step(lambda: _prepare_folder(run_dir, config))
     with ExitStack() as stack:
         run = _assembled(config, device, engine, run_dir, stack)
         run.resources = stack.pop_all()
@@ -237,7 +238,7 @@ def _prepare_folder(run_dir: Path, config: Config) -> None:
 def _models(config: Config, device: str, student_dir: str) -> tuple[Student, dict[str, Teacher]]:
     """The student, then the teachers in the order of the configuration, on every rank."""
     cuts = layouts(config, dist.get_world_size())
-    spec = in_step(lambda: resolved_layer_spec(config, device))
+    spec: LayerSpec = in_step(lambda: resolved_layer_spec(config, device))
     groups = student_groups(cuts["student"], config.run.seed)
     options = ModelOptions(
         _DTYPES[config.student.dtype],

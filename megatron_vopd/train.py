@@ -10,6 +10,7 @@ import argparse
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +23,7 @@ from megatron_vopd.grading import GradingError
 from megatron_vopd.guard import SkipLimitError
 from megatron_vopd.hf_folder import read_model_folder
 from megatron_vopd.hub import local_model_folder
-from megatron_vopd.parallel import in_step_all, init_world
+from megatron_vopd.parallel import in_step, in_step_all, init_world
 from megatron_vopd.rollout.engine import EngineError
 from megatron_vopd.student_export import export_student
 from megatron_vopd.types import UserError
@@ -42,15 +43,15 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as configured; returns the exit status."""
     options = _parser().parse_args(arguments)
+    # megatron-core and torch report the fallbacks of a machine without GPU one by one, per rank.
+    warnings.filterwarnings("ignore")
     signal.signal(signal.SIGTERM, _interrupt)
     try:
         config = load_config(options.config, options.overrides)
         device = resolved_device(config)
         _require_torchrun()
         init_world(device)
-        status = _dry_run(config, device) if options.dry_run else _train(config, device)
-        dist.barrier()
-        return status
+        return _dry_run(config, device) if options.dry_run else _train(config, device)
     except UserError as error:
         return _ended(MISTAKE, str(error))
     except (EngineError, SkipLimitError, GradingError) as error:
@@ -111,7 +112,7 @@ def _train(config: Config, device: str) -> int:
             run.say(f"the student is in {folder}")
     finally:
         run.close()
-    return OK
+    return in_step(lambda: OK)
 
 
 def _dry_run(config: Config, device: str) -> int:

@@ -28,7 +28,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("collector", "forward", "student", "weight_sync", "evaluation"),
     ("teacher",),
     ("loss", "scoring"),
-    ("trainer",),
+    ("trainer", "student_export"),
+    ("assembly", "dry_run"),
     ("train", "cli", "tool_cli"),
 )
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS) for module in modules}
