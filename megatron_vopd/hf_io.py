@@ -249,7 +249,8 @@ def _gather_unit(
     stage, expert_rank = unit.stage(facts, layout), unit.expert_rank(facts, layout)
     any_shard = next(iter(shards.values()))
     tensors = {name: any_shard.new_empty(hf_shape(name, facts)) for name in unit.hf_names()}
-    if at.pp == stage and expert_rank in (None, at.ep):
+
+    def assemble() -> None:  # so that the gathered shards are gone before anything is yielded
         for rule in unit.rules:
             own = shards[unit.megatron_name(rule, layer_spec, facts, layout)]
             cut = expert_rank is None and rule.cut != "replicated"
@@ -257,6 +258,9 @@ def _gather_unit(
             for rank, part in enumerate(parts):
                 for piece in unit.plan(rule, facts, rank, len(parts)).pieces:
                     tensors[piece.name][piece.source] = part[piece.target]
+
+    if at.pp == stage and expert_rank in (None, at.ep):
+        assemble()
     for name, tensor in tensors.items():
         if at.pp == stage and expert_rank is not None:
             broadcast_from_position(tensor, expert_rank, groups.ep)

@@ -58,12 +58,12 @@ class Probe:
     Attributes:
         sequences: token ids, the same on every rank; at least two ids each. One longer than a block
             of the engine's cache also proves that the cache was dropped.
-        tolerance: largest |log-prob of the engine - of the trainer|, nats. 1e-5 fits fp32; in bf16
-            the two differ by rounding, 0.1 and more on single tokens.
+        tolerance: largest |log-prob of the engine - of the trainer|, nats. Sums differ in order:
+            in fp32 by 1e-5 in a few layers and more in many; in bf16 by 0.1 on single tokens.
     """
 
     sequences: tuple[tuple[int, ...], ...]
-    tolerance: float = 1e-5
+    tolerance: float = 1e-4
 
     def __post_init__(self) -> None:
         if not self.sequences or min(map(len, self.sequences)) < 2:
@@ -71,7 +71,7 @@ class Probe:
 
 
 def make_probe(
-    vocab_size: int, num_sequences: int = 4, length: int = 48, tolerance: float = 1e-5
+    vocab_size: int, num_sequences: int = 4, length: int = 48, tolerance: float = 1e-4
 ) -> Probe:
     """Sequences of random ids, the same in every process: every layer and the head see them."""
     generator = torch.Generator().manual_seed(0)

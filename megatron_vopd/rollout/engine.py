@@ -187,8 +187,10 @@ class Engine(Protocol):
     """
 
     policy_version: int | None
-    num_replicas: int
     generation: GenerationReport | None
+
+    @property
+    def num_replicas(self) -> int: ...
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None

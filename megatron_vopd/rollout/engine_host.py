@@ -62,8 +62,8 @@ class Host:
         """Give device memory back."""
         self._llm.sleep(level=level)
 
-    def wake(self, tags: list[str] | None) -> None:
-        """Take it again: weights, kv_cache or (None) all."""
+    def wake(self, tags: list[str]) -> None:
+        """Take it again: for weights, kv_cache."""
         self._llm.wake_up(tags=tags)
 
     def shut_down(self) -> None:
@@ -100,9 +100,7 @@ class Host:
 
         last_jobs, whole_jobs = [], []
         for ids in sequences:
-            last = SamplingParams(
-                max_tokens=1, logprobs=0, logprob_token_ids=[ids[-1]], ignore_eos=True
-            )
+            last = SamplingParams(max_tokens=1, logprob_token_ids=[ids[-1]], ignore_eos=True)
             last_jobs.append((ids[:-1], last))
             whole_jobs.append((ids, SamplingParams(max_tokens=1, prompt_logprobs=0)))
         last_outputs, whole_outputs = self._run(last_jobs), self._run(whole_jobs)
@@ -116,11 +114,15 @@ class Host:
 
     def _run(self, jobs: list[tuple[list[int], Any]]) -> list[Any]:
         """vLLM's outputs in the order of the jobs; tells how many have finished meanwhile."""
+        from vllm.inputs.engine import tokens_input  # pyright: ignore[reportMissingImports]
+        from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
+
         engine = self._llm.llm_engine
         numbers = {}
         for number, (ids, params) in enumerate(jobs):
             params.detokenize = False
-            request = engine.add_request(str(self._next_request), {"prompt_token_ids": ids}, params)
+            params.output_kind = RequestOutputKind.FINAL_ONLY
+            request = engine.add_request(str(self._next_request), tokens_input(ids), params)
             numbers[request] = numbers[str(self._next_request)] = number
             self._next_request += 1
         outputs: dict[int, Any] = {}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from megatron_vopd.rollout.transfer import BACKEND
+from megatron_vopd.types import UserError
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 _TORCHRUN += ("ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
@@ -23,7 +24,8 @@ class LocalSettings:
         max_model_len: longest prompt and response together.
         dtype: of weights and activations, as torch names it.
         device: "cpu" or "cuda".
-        tp: tensor-parallel size of the engine.
+        tp: tensor-parallel size of the engine; on GPUs 1, since weights come from one GPU by IPC.
+        gpu: for CUDA_VISIBLE_DEVICES, the trainer's own; None: as inherited.
         seed: of the engine itself; responses have seeds of their own.
         start_seconds: until the engine has started (with kernels to compile: minutes).
         push_seconds: for one part of a push, a probe, or any other short command.
@@ -42,6 +44,7 @@ class LocalSettings:
     dtype: str = "float32"
     device: str = "cpu"
     tp: int = 1
+    gpu: str | None = None
     seed: int = 0
     start_seconds: float = 600.0
     push_seconds: float = 120.0
@@ -52,6 +55,13 @@ class LocalSettings:
     cpu_threads: int = 0
     prefix_caching: bool = True
     block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device != "cpu" and self.tp > 1:
+            raise UserError(
+                f"rollout.tp: got {self.tp}, expected 1 for rollout.engine=local on GPUs, where "
+                "an engine shares its trainer's GPU; set rollout.tp=1 or rollout.engine=server"
+            )
 
     def engine_arguments(self) -> dict[str, Any]:
         """For vLLM's LLM."""
@@ -96,6 +106,8 @@ class LocalSettings:
             "VLLM_CONFIGURE_LOGGING": "1",
             "PYTHONUNBUFFERED": "1",
         }
+        if self.gpu is not None:
+            kept["CUDA_VISIBLE_DEVICES"] = self.gpu
         if self.device == "cpu":
             kept |= {
                 "GLOO_SOCKET_IFNAME": "lo",

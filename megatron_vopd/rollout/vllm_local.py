@@ -66,6 +66,7 @@ class LocalEngine:
     """An `Engine`; see the module docstring. Nothing is started before the first push."""
 
     num_replicas = 1
+    host_module = "megatron_vopd.rollout.engine_host"
 
     def __init__(self, settings: LocalSettings) -> None:
         self.settings = settings
@@ -74,7 +75,8 @@ class LocalEngine:
         self.num_starts = 0
         self._process: subprocess.Popen | None = None
         self._connection: Any = None  # multiprocessing's Connection
-        self._asleep = False
+        self._asleep: list[str] = []  # what vLLM has put to sleep
+        self._log_start = 0
 
     # -- the child ---------------------------------------------------------------------------
 
@@ -88,7 +90,7 @@ class LocalEngine:
             return
         settings = self.settings
         ours, theirs = Pipe()
-        host = [sys.executable, "-m", "megatron_vopd.rollout.engine_host", f"fd={theirs.fileno()}"]
+        host = [sys.executable, "-m", self.host_module, f"fd={theirs.fileno()}"]
         keeper = [sys.executable, "-m", "megatron_vopd.rollout.keeper", str(os.getpid())]
         Path(settings.log_path).parent.mkdir(parents=True, exist_ok=True)
         with open(settings.log_path, "ab") as log:
@@ -103,9 +105,12 @@ class LocalEngine:
             )
         theirs.close()
         self._connection = ours
-        self._asleep = False
+        self._asleep = []
         self.num_starts += 1
+        self._log_start = os.path.getsize(settings.log_path)
         self._call("load", settings.engine_arguments(), seconds=settings.start_seconds)
+        # vLLM logs failures of parts that are not used here while it starts.
+        self._log_start = os.path.getsize(settings.log_path)
 
     def processes(self) -> list[int]:
         """Process ids of the keeper, the host and its workers."""
@@ -123,8 +128,10 @@ class LocalEngine:
         Raises:
             EngineError: no answer in time, no process, or a refusal. The engine is ended.
         """
-        if self._connection is None:
+        if self._connection is None or self._process is None:
             raise EngineError(f"engine, {command}: not running; push weights first")
+        if self._process.poll() is not None:
+            self._fail(command, "its keeper is gone, and nobody would end it after the trainer")
         begin = moved = time.monotonic()
         deadline = begin + (seconds or self.settings.push_seconds)
         try:
@@ -141,15 +148,15 @@ class LocalEngine:
                 if kind == "ok":
                     return value
                 if kind == "error":
-                    self._fail(command, value)
+                    self._fail(command, value, is_known=True)
                 if on_progress is not None:
                     on_progress(value)
         except (EOFError, ConnectionError):
             self._fail(command, "its process died")
 
-    def _fail(self, command: str, seen: str) -> None:
-        """End the engine, then raise."""
-        last_words = self._last_error()
+    def _fail(self, command: str, seen: str, is_known: bool = False) -> None:
+        """End the engine, then raise; unless the cause is known, the log may tell it."""
+        last_words = "" if is_known else self._last_error()
         self._end()
         raise EngineError(
             f"engine, {command}: {seen}{last_words} (log: {self.settings.log_path})"
@@ -159,7 +166,7 @@ class LocalEngine:
         """The last line of the engine's log that looks like a cause."""
         with suppress(OSError), open(self.settings.log_path, "rb") as log:
             log.seek(0, os.SEEK_END)
-            log.seek(max(0, log.tell() - LOG_TAIL_BYTES))
+            log.seek(max(self._log_start, log.tell() - LOG_TAIL_BYTES))
             lines = log.read().decode("ascii", "replace").splitlines()
             causes = [line.strip() for line in lines if "Error: " in line]
             return f"; last error: {causes[-1][:300]}" if causes else ""
@@ -249,8 +256,7 @@ class LocalEngine:
         """
         self.start()
         self.policy_version = None
-        if self._asleep:
-            self._call("wake", ["weights"])
+        self._wake("weights")
         begin = time.monotonic()
         try:
             sent = self._send(tensors, str(policy_version))
@@ -292,13 +298,17 @@ class LocalEngine:
         """Weights to host memory, cache dropped; CPU engines stay awake."""
         if self.settings.device != "cpu" and self._process is not None and not self._asleep:
             self._call("sleep", 1)
-            self._asleep = True
+            self._asleep = ["weights", "kv_cache"]
 
     def wake(self) -> None:
-        """Undo `sleep`."""
-        if self._asleep:
-            self._call("wake", None)
-            self._asleep = False
+        """Undo `sleep`; a push has woken the weights already."""
+        self._wake("weights", "kv_cache")
+
+    def _wake(self, *tags: str) -> None:
+        wanted = [tag for tag in tags if tag in self._asleep]
+        if wanted:
+            self._call("wake", wanted)
+            self._asleep = [tag for tag in self._asleep if tag not in wanted]
 
     def close(self) -> None:
         """Ask the child to end, then end it."""

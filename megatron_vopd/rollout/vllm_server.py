@@ -34,7 +34,7 @@ from megatron_vopd.rollout.engine import (
     generation_report,
     response_seed,
 )
-from megatron_vopd.rollout.http_servers import Server, Spread
+from megatron_vopd.rollout.http_servers import RefusedByServerError, Server, Spread
 from megatron_vopd.rollout.transfer import Sent, expected_weights, send_weights
 from megatron_vopd.types import Prompt, Rollout, UserError
 
@@ -53,7 +53,7 @@ class ServerSettings:
         dtype: the servers' --dtype, as torch names it.
         transport: "shm" or "nccl".
         model_dir: HF folder that the servers were started with; for nccl.
-        master_address, master_port: of this process, for nccl.
+        master_address, master_port: where the servers reach this process, for nccl.
         allow_remote: the network between trainer and servers is closed to everybody else.
         concurrency: requests under way per server.
         deadline_seconds: for one call of `generate`.
@@ -68,7 +68,7 @@ class ServerSettings:
     transport: str = "shm"
     model_dir: str = ""
     master_address: str = "127.0.0.1"
-    master_port: int = 0
+    master_port: int = 29600
     allow_remote: bool = False
     concurrency: int = 64
     deadline_seconds: float = 1800.0
@@ -85,17 +85,32 @@ class _Fan:
         self._seconds = seconds
 
     def post(self, path: str, body: Any = None) -> None:
-        """To all; returns when all have answered, then raises the first failure."""
+        """The same to all; returns when all have answered, then raises the first failure."""
+        self._post_each(path, [body] * len(self._servers))
 
-        def one(server: Server) -> None:
-            server.call("POST", path, body, self._seconds)
-
+    def _post_each(self, path: str, bodies: Sequence[Any]) -> None:
         with ThreadPoolExecutor(max_workers=max(1, len(self._servers))) as pool:
-            for done in [pool.submit(one, server) for server in self._servers]:
+            pairs = zip(self._servers, bodies, strict=True)
+            waiting = [
+                pool.submit(server.call, "POST", path, body, self._seconds)
+                for server, body in pairs
+            ]
+            for done in waiting:
                 done.result()
 
+    def world_sizes(self) -> list[int]:
+        """Workers of each server."""
+        answers = [s.call("GET", "/get_world_size", seconds=self._seconds) for s in self._servers]
+        return [answer["world_size"] for answer in answers]
+
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        self.post("/init_weight_transfer_engine", {"init_info": init_info})
+        """Workers of all servers are ranks of one communicator, one server after another."""
+        sizes = self.world_sizes()
+        infos = [
+            init_info | {"rank_offset": init_info["rank_offset"] + sum(sizes[:number])}
+            for number in range(len(sizes))
+        ]
+        self._post_each("/init_weight_transfer_engine", [{"init_info": info} for info in infos])
 
     def start_weight_update(self) -> None:
         self.post("/start_weight_update")
@@ -227,8 +242,11 @@ class ServerEngine:
         if not self._is_checked:
             self.wait_until_up()
         self.policy_version = None
-        fan = _Fan(self._push_servers, self.settings.push_seconds)
         begin = time.monotonic()
+        if not self._push_servers:
+            self._follow(tensors, policy_version)
+            return PushReport(policy_version, 0, time.monotonic() - begin)
+        fan = _Fan(self._push_servers, self.settings.push_seconds)
         fan.post("/pause?mode=wait")
         try:
             sent = self._send(tensors, fan, str(policy_version))
@@ -244,25 +262,34 @@ class ServerEngine:
 
     def _send(self, tensors: Iterable[tuple[str, Tensor]], fan: _Fan, version: str) -> Sent:
         dtype = getattr(torch, self.settings.dtype)
-        if not self._push_servers:
-            return Sent(0, 0)
         if self.settings.transport == "shm":
             return send_weights(tensors, fan, dtype, version)
         from megatron_vopd.hf_folder import read_facts
         from megatron_vopd.rollout.gpu_transfer import NcclSender
 
         if self._nccl is None:
-            workers = [
-                server.call("GET", "/get_world_size", seconds=self.settings.push_seconds)
-                for server in self._push_servers
-            ]
-            total = sum(answer["world_size"] for answer in workers)
             address, port = self.settings.master_address, self.settings.master_port
-            self._nccl = NcclSender(fan, address, port, total)
+            self._nccl = NcclSender(fan, address, port, sum(fan.world_sizes()))
         facts, _ = read_facts(f"{self.settings.model_dir}/config.json")
         sent = self._nccl.send(tensors, expected_weights(facts), dtype)
         fan.post("/update_weight_version", {"new_version": version})
         return sent
+
+    def _follow(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
+        """Another leader pushes to these servers: wait until they have its weights."""
+        for _ in tensors:
+            pass
+        deadline = time.monotonic() + self.settings.push_seconds
+        self.policy_version = policy_version
+        while True:
+            try:
+                self._version_of_servers("push")
+                return
+            except EngineError:
+                if time.monotonic() > deadline:
+                    raise
+            self.policy_version = policy_version
+            time.sleep(0.1)
 
     def _abort(self, fan: _Fan) -> None:
         """Leave an unfinished update: vLLM ends one only when a part of it fails."""
@@ -277,9 +304,9 @@ class ServerEngine:
         found = []
         for ids in sequences:
             # First the last id, by sampling, which reads the cache; see engine_host.
-            last = self._ask(
-                server, ids[:-1], {"logprobs": 2, "logprob_token_ids": [ids[-1]], "max_tokens": 1}
-            )
+            # The answer leaves out the last of the requested ids, so the id is requested twice.
+            wanted = {"logprobs": 2, "logprob_token_ids": [ids[-1]] * 2, "max_tokens": 1}
+            last = self._ask(server, ids[:-1], wanted)
             top = last["choices"][0]["logprobs"]["content"][0]["top_logprobs"]
             scores = {entry["token_id"]: entry["logprob"] for entry in top}
             whole = self._ask(server, ids, {"prompt_logprobs": 0, "max_tokens": 1})
@@ -321,7 +348,7 @@ def _rollout(
     spans = choice.get("weight_versions") or []
     versions = {span["version"] for span in spans}
     if versions != {str(version)}:
-        raise EngineError(
+        raise RefusedByServerError(
             f"server {server.url}, generate: sampled from weights {sorted(versions)}, expected "
             f"{version}; was it started again?"
         )

@@ -40,13 +40,13 @@ def _pushes(folder: str, case: Case, log_path: str) -> list[dict[str, Any]]:
     groups = enter(case)
     student = Student(folder, case, groups)
     engine = LocalEngine(settings(folder, log_path)) if is_leader(groups) else None
-    prompts, probe, found = make_prompts(16), make_probe(VOCAB), []
+    prompts, probe, found = make_prompts(16), make_probe(VOCAB, tolerance=TOLERANCE), []
     try:
         for version in range(1, PUSHES + 1):
             student.train()
             arguments = (student.model, student.facts, groups, engine, version)
             report = push(*arguments, score_fn=student.score, probe=probe)
-            sampling = Sampling(max_tokens=100, samples=2, seed=version, stop_ids=(STOP,))
+            sampling = Sampling(max_tokens=48, samples=2, seed=version, stop_ids=(STOP,))
             rollouts = sample(engine, prompts, sampling, version, VOCAB, lambda: None)
             gap, tokens = worst_gap(student, rollouts if engine else None)
             found.append({"report": report, "gap": gap, "tokens": tokens, "first": rollouts[:1]})

@@ -1,0 +1,13 @@
+"""Fixtures of the tests with real engines."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.distributed import harness
+
+
+@pytest.fixture
+def patient_world(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Engines take 10 s each to start on two quiet cores, and a minute on busy ones."""
+    monkeypatch.setattr(harness, "WORLD_SECONDS", 900)
