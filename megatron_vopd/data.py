@@ -84,7 +84,7 @@ class PromptTokenizer:
                 add_generation_prompt=True,
                 enable_thinking=self.thinking,
             )
-        except (TemplateError, TypeError, ValueError) as error:
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
             got = f"a chat that the template refuses ({shown(str(error))})"
             remedy = "correct the messages, or give another student.chat_template"
             raise DataError(where, got, "messages that it can render", remedy) from None

@@ -55,12 +55,14 @@ def final_answer(text: str) -> str:
 
 
 def normalised(text: str) -> str:
-    """Without markup, surrounding punctuation and spaces; case folded, spaces single."""
-    text = _WRAPPED.sub(r"\1", text).replace("$", "").replace("**", "")
-    text = " ".join(text.split()).casefold()
-    text = text.strip(" .,;:!\"'`")
-    inner = re.fullmatch(r"\(([^()]*)\)", text)
-    return inner[1].strip() if inner else text
+    """Without markup, emphasis and the full stop at the end; case folded, spaces single.
+
+    What may be mathematics stays: `.5`, `5!`, `f'`, `2**3`, `(1, 2)`.
+    """
+    text = _WRAPPED.sub(r"\1", text).replace("$", "")
+    text = " ".join(text.split()).casefold().strip(" *").rstrip(" .,;:*")
+    quoted = re.fullmatch(r"([\"'`])(.*)\1|\(([a-z])\)", text)
+    return text if quoted is None else (quoted[2] or quoted[3] or "").strip()
 
 
 def is_mathematical(answer: str) -> bool:

@@ -20,6 +20,7 @@ from megatron_vopd.problems import shown
 from megatron_vopd.types import UserError
 
 METRICS_NAME = "metrics.jsonl"
+_MAX_STEP = 2**53
 
 
 class MetricsError(UserError):
@@ -67,8 +68,8 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
         line = json.loads(text)
     except (ValueError, RecursionError):
         return None
-    is_line = isinstance(line, dict) and type(line.get("step")) is int
-    return line if is_line else None
+    step = line.get("step") if isinstance(line, dict) else None
+    return line if type(step) is int and 0 <= step < _MAX_STEP else None
 
 
 def metrics_line(step: int, metrics: Mapping[str, float]) -> str:
@@ -103,14 +104,14 @@ class MetricsFile:
         kept = [line for line in recorded.lines if line["step"] <= last_step]
         self.num_dropped = len(recorded.lines) - len(kept)
         self.last_recorded = kept[-1]["step"] if kept else -1
-        if recorded.is_torn or self.num_dropped:
-            self._rewrite(len(kept))
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         try:
+            if recorded.is_torn or self.num_dropped:
+                self._rewrite(len(kept))
             self._fd = os.open(path, flags, 0o644)
+            _sync_folder(path.parent)
         except OSError as error:
             raise MetricsError(f"{path}: {error.strerror}; check the run folder") from None
-        _sync_folder(path.parent)
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a completed step; it is on the disk when this returns.

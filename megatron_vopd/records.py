@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -72,6 +73,9 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
             where = f"{name}:{number}"
             try:
                 value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if b"\\u" in line:
+                    # Halves of surrogate pairs can be escaped, and are no text.
+                    json.dumps(value, ensure_ascii=False).encode()
             except json.JSONDecodeError as error:
                 got = f"{error.msg} at column {error.colno}"
                 raise _bad_line(where, got) from None
@@ -89,13 +93,17 @@ def _bad_line(where: str, got: str) -> DataError:
 
 
 def _read_parquet(path: Path, key: str) -> Iterator[Record]:
+    return _rows(lambda: _streamed("parquet", "train", data_files=str(path)), path.name, key)
+
+
+def _streamed(source: str, split: str, **options: Any) -> Any:
+    """Rows read from the files themselves: nothing is copied into a cache of the user's."""
     import datasets
 
-    def load() -> Any:
-        files = str(path)
-        return datasets.load_dataset("parquet", data_files=files, split="train", streaming=True)
-
-    return _rows(load, path.name, key)
+    with tempfile.TemporaryDirectory() as cache:
+        return datasets.load_dataset(
+            source, split=split, streaming=True, cache_dir=cache, **options
+        )
 
 
 def _rows(load: Any, name: str, key: str) -> Iterator[Record]:
@@ -129,10 +137,7 @@ def _read_folder(folder: Path, name: str, key: str, splits: Sequence[str]) -> It
     if all(str(file).endswith(".jsonl") for file in files[split]):
         return _read_several(folder, files[split])
 
-    def load() -> Any:
-        return datasets.load_dataset(str(folder), split=split, streaming=True)
-
-    return _rows(load, f"{name}/{split}", key)
+    return _rows(lambda: _streamed(str(folder), split), f"{name}/{split}", key)
 
 
 def _read_several(folder: Path, files: Sequence[str]) -> Iterator[Record]:
@@ -147,7 +152,8 @@ def _files_by_split(folder: Path, key: str) -> dict[str, list[str]]:
     from datasets.exceptions import DatasetsError
 
     try:
-        builder = datasets.load_dataset_builder(str(folder))
+        with tempfile.TemporaryDirectory() as cache:
+            builder = datasets.load_dataset_builder(str(folder), cache_dir=cache)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
             key,

@@ -24,6 +24,9 @@ _WIDTH, _HEIGHT = 460, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 12, 10, 26
 _COLOURS = ("#3b6fd4", "#d1603d", "#3a9a6a", "#9457c9", "#b3842a", "#c2457f", "#4f9fb5", "#777777")
 
+# What cannot be drawn: values beyond are left out, differences below count as none.
+_LARGEST, _SMALLEST = 1e300, 1e-300
+
 # Title, pattern of the metrics drawn together, unit.
 _CHARTS: tuple[tuple[str, str, str], ...] = (
     ("Accuracy", r"eval/.+/(avg|pass)@\d+", "share of right answers"),
@@ -46,28 +49,25 @@ _CHARTS: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (step, value) of one metric, finite, by ascending step."""
+    """Points (step, value) of one metric, drawable, by ascending step."""
 
     name: str
     points: tuple[tuple[float, float], ...]
 
 
-def curves(lines: Sequence[dict[str, Any]], pattern: str) -> list[Curve]:
-    """The metrics whose whole name matches, by name; those without a finite value are left out."""
-    names = sorted({key for line in lines for key in line if re.fullmatch(pattern, key)})
-    found = [
-        Curve(
-            name,
-            tuple((line["step"], line[name]) for line in lines if _is_finite(line.get(name))),
-        )
-        for name in names
-    ]
-    return [curve for curve in found if curve.points]
+def curves(lines: Sequence[dict[str, Any]]) -> list[Curve]:
+    """All metrics by name; those without a finite value are left out."""
+    points: dict[str, list[tuple[float, float]]] = {}
+    for line in lines:
+        for name, value in line.items():
+            if name != "step" and _is_finite(value):
+                points.setdefault(name, []).append((line["step"], value))
+    return [Curve(name, tuple(points[name])) for name in sorted(points)]
 
 
 def _is_finite(value: Any) -> bool:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)
+    return is_number and -_LARGEST < value < _LARGEST
 
 
 def thinned(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
@@ -85,8 +85,9 @@ def thinned(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[flo
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
     """Round values from at most `low` to at least `high`, `count` of them or a few more or less."""
-    if high <= low:
-        pad = abs(low) * 0.1 or 1.0
+    size = max(abs(low), abs(high))
+    if high - low <= 1e-12 * size or size < _SMALLEST:
+        pad = 0.1 * size if size > _SMALLEST else 1.0
         low, high = low - pad, high + pad
     raw = (high - low) / count
     magnitude = 10 ** math.floor(math.log10(raw))
@@ -192,14 +193,13 @@ def report_html(name: str, recorded: Recorded, config_text: str | None) -> str:
         config_text: resolved configuration; None: not shown.
     """
     lines = recorded.lines
-    figures, used = [], set[str]()
+    figures, left = [], curves(lines)
     for title, pattern, unit in _CHARTS:
-        drawn = curves(lines, pattern)
-        used |= {curve.name for curve in drawn}
+        drawn = [curve for curve in left if re.fullmatch(pattern, curve.name)]
+        left = [curve for curve in left if curve not in drawn]
         if drawn:
             figures.append(chart(title, unit, drawn))
-    others = [curve for curve in curves(lines, r"[^/]+/.+") if curve.name not in used]
-    figures += [chart(curve.name, "", [curve]) for curve in others]
+    figures += [chart(curve.name, "", [curve]) for curve in left]
     steps = f"{len(lines)} recorded steps, {lines[0]['step']} to {lines[-1]['step']}"
     if recorded.is_torn:
         steps += "; the last line was torn and is left out"
@@ -230,7 +230,7 @@ def write_report(run_dir: Path) -> tuple[Path, Recorded]:
         text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
         page = report_html(run_dir.resolve().name, recorded, text)
         out, beside = run_dir / REPORT_NAME, run_dir / (REPORT_NAME + ".tmp")
-        beside.write_text(page, encoding="utf-8")
+        beside.write_text(page, encoding="utf-8", errors="replace")
         os.replace(beside, out)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; check the run folder") from None

@@ -18,6 +18,7 @@ from megatron_vopd.data import (
     load_training_prompts,
 )
 from megatron_vopd.responses import load_responses, shortened
+from megatron_vopd.types import UserError
 from tests.tiny_tokenizer import ENDOFTEXT, IM_END, IM_START, save_model_folder, save_tokenizer
 from tests.unit.data_cases import RECORDS, config_of, refused, write_jsonl
 
@@ -44,6 +45,7 @@ BAD_LINES = [
     (b'{"prompt": "\xff"}', ["a.jsonl:2", "UTF-8"]),
     (b"[" * 100_000, ["a.jsonl:2"]),
     (b'{"question": "a"}', ["a.jsonl:2 prompt", "there are: question", "data.prompt_field"]),
+    (b'{"prompt": "\\ud800"}', ["a.jsonl:2", "not readable"]),
     (b'{"prompt": null}', ["a.jsonl:2 prompt"]),
     (b'{"prompt": 3}', ["a.jsonl:2 prompt", "got 3"]),
     (b'{"prompt": "  "}', ["a.jsonl:2 prompt", "blank"]),
@@ -128,6 +130,9 @@ def test_templates(tmp_path: Path, model: Path) -> None:
     # A template runs in a sandbox.
     jinja.write_text("{{ ''.__class__.__mro__[1].__subclasses__() }}")
     refused(lambda: of(str(jinja)).rendered("Hi", "a:3"), "a:3", "template")
+    for text in ("{{ 1 / 0 }}", "{% for i in range(10 ** 9) %}{% endfor %}", "{{ messages[9].x }}"):
+        jinja.write_text(text)
+        refused(lambda: of(str(jinja)).rendered("Hi", "a:3"), "a:3", "template")
     jinja.write_text(" ")
     refused(lambda: of(str(jinja)), "student.chat_template", "empty")
     bare = save_tokenizer(shutil.copytree(model, tmp_path / "bare"), template=None)
@@ -274,3 +279,38 @@ class TestResponses:
         cut = shortened(rollout, 3)
         assert cut.response_ids == rollout.response_ids[:3] and cut.finish_reason == "length"
         assert shortened(rollout, 5) is rollout
+
+
+ODD = [None, True, 0, -1, 1.5, "", " ", "x", [], [1], ["x"], [[]], {}, {"role": 1}, [{}], [None]]
+ODD += ["\u0000", "\U0001f600" * 40, 10**400, "teachers.m", [10**30], [{"role": "", "content": ""}]]
+
+
+def test_whatever_a_field_holds_it_loads_or_is_refused(
+    tmp_path: Path, chat: PromptTokenizer
+) -> None:
+    good = {"prompt": "a", "answer": "1", "domain": "m", "response": "b"}
+    fields = [*good, "response_ids", "finish_reason"]
+    teachers = {"m": {"path": "a/b"}, "c": {"path": "a/c"}}
+    outcomes = {"loaded": 0, "refused": 0}
+    for field in fields:
+        for odd in ODD:
+            path = write_jsonl(tmp_path / "a.jsonl", [{**good, field: odd}])
+            config = config_of(
+                teacher=None,
+                teachers=teachers,
+                data__teacher_field="domain",
+                data__responses=path,
+                objective__prefix="dataset",
+                data__evaluation=path,
+            )
+            for load in (
+                lambda c=config: load_evaluation_prompts(c, chat),
+                lambda c=config: load_responses(c, chat, (IM_END,), 64),
+            ):
+                try:
+                    load()
+                    outcomes["loaded"] += 1
+                except UserError as error:
+                    outcomes["refused"] += 1
+                    assert "\n" not in str(error) and str(error).isascii()
+    assert outcomes["loaded"] > 50 and outcomes["refused"] > 100, outcomes

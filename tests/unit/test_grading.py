@@ -48,6 +48,8 @@ RIGHT = [
     ("B", "(B) Rome"),
     ("B", r"\boxed{\text{B}}"),
     ("(C)", "The correct option is C"),
+    ("Paris", 'The answer is "Paris".'),
+    ("Paris", "**Answer:** Paris"),
 ]
 WRONG = [
     (r"\frac{1}{2}", r"\boxed{\frac{1}{3}}"),
@@ -55,8 +57,13 @@ WRONG = [
     ("42", "I do not know."),
     ("Paris", r"\boxed{Pairs}"),
     ("A", "Answer: B) An answer"),
+    (".5", r"\boxed{5}"),
+    ("5!", r"\boxed{5}"),
+    ("f'", r"\boxed{f}"),
+    ("2**3", r"\boxed{23}"),
     ("2", r"<think>\boxed{2}</think>It is \boxed{3}"),
     ("2", r"<think>surely \boxed{2}"),
+    ("2", r"<think>perhaps \boxed{2}</think>I cannot say."),
     ("7", r"\boxed{" * 200),
 ]
 

@@ -106,6 +106,7 @@ def test_kill_9_loses_no_completed_step(tmp_path: Path) -> None:
         (b'{"step": 1}\n{"no": 2}\n{"step": 3}\n', ["metrics.jsonl:2", "with a step"]),
         (b'{"step": 1}\n[2]\n{"step": 3}\n', ["metrics.jsonl:2"]),
         (b'{"step": 1}\n{"step": "2"}\n{"step": 3}\n', ["metrics.jsonl:2"]),
+        (b'{"step": 1}\n{"step": 1' + b"0" * 30 + b'}\n{"step": 3}\n', ["metrics.jsonl:2"]),
         (b'{"step": 2}\n{"step": 2}\n', ["metrics.jsonl:2", "step 2 after step 2"]),
         (b"[" * 100_000 + b'\n{"step": 2}\n', ["metrics.jsonl:1"]),
         (b'\xff\xfe\n{"step": 2}\n', ["metrics.jsonl:1"]),
@@ -151,6 +152,32 @@ def test_a_full_disk_is_said_and_repaired(
     file.close()
     recorded_run(path, range(2, 4), last_step=1)
     assert steps_of(path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("operation", ["open", "fsync", "replace"])
+@pytest.mark.parametrize("count", [0, 1, 2])
+def test_a_repair_that_fails_leaves_the_old_file_or_the_new_one(
+    operation: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "metrics.jsonl"
+    recorded_run(path, range(1, 6))
+    before = path.read_bytes()
+    original, calls = getattr(os, operation), iter(range(100))
+
+    def failing(*arguments: Any, **options: Any) -> Any:
+        if next(calls) == count:
+            raise OSError(5, "Input/output error")
+        return original(*arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, operation, failing)
+        try:
+            MetricsFile(path, 3).close()
+        except MetricsError as error:
+            assert "metrics.jsonl: Input/output error" in str(error)
+    assert path.read_bytes() in (before, b"".join(before.splitlines(keepends=True)[:3]))
+    recorded_run(path, range(4, 6), last_step=3)
+    assert path.read_bytes() == before
 
 
 def test_missing_and_unwritable(tmp_path: Path) -> None:

@@ -58,6 +58,17 @@ class TestSources:
         (tmp_path / "j" / "all.json").write_text(json.dumps(RECORDS))
         assert self.names(str(tmp_path / "j"))[0] == "j/train:1"
 
+    def test_local_files_need_no_cache(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A home that cannot be written is usual on clusters."""
+        monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", Path("/proc/none"))
+        write_jsonl(tmp_path / "d" / "train.jsonl", RECORDS)
+        assert len(self.names(str(tmp_path / "d"))) == 5
+        (tmp_path / "j").mkdir()
+        (tmp_path / "j" / "all.json").write_text(json.dumps(RECORDS))
+        assert len(self.names(str(tmp_path / "j"))) == 5
+
     def test_hub_id_from_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         """The real hub client, offline, on a cache laid out as it lays it out."""
         import huggingface_hub.constants as constants

@@ -6,6 +6,7 @@ import json
 import math
 import re
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import pytest
@@ -133,15 +134,27 @@ def test_thinning_keeps_extremes_and_order() -> None:
     assert thinned(points[:400], 400) == points[:400]
 
 
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (0.12, 0.13), (-3, 5e6), (2, 2), (0, 0), (1e-9, 3e-9), (-1, -0.5)]
-)
+SPANS = [(0, 1), (0.12, 0.13), (-3, 5e6), (2, 2), (0, 0), (1e-9, 3e-9), (-1, -0.5)]
+SPANS += [(0, 5e-324), (1, 1 + 2e-16), (1e-320, 1e-320), (-1e299, 1e299), (1e299, 1e299)]
+
+
+@pytest.mark.parametrize(("low", "high"), SPANS)
 def test_ticks_cover_the_values_in_round_steps(low: float, high: float) -> None:
     marks = ticks(low, high)
-    assert marks[0] <= low and marks[-1] >= high - 1e-12 and 2 <= len(marks) <= 8
+    slack = 1e-12 * max(abs(low), abs(high))
+    assert marks[0] <= low + slack and marks[-1] >= high - slack and 2 <= len(marks) <= 8
+    assert len(set(marks)) == len(marks)
     step = (marks[-1] - marks[0]) / (len(marks) - 1)
     mantissa = step / 10 ** math.floor(math.log10(step) + 1e-9)
     assert min(abs(mantissa - round_one) for round_one in (1, 2, 2.5, 5, 10)) < 1e-6
+
+
+def test_any_values_make_a_page(tmp_path: Path) -> None:
+    values = [0, 5e-324, -1e308, 1e308, 10**400, 1e-12, 1.0, True, None, "x", [1], {"a": 1}]
+    lines: list[Any] = [{"step": i, "a/b": v, "\ud800/x": v} for i, v in enumerate(values)]
+    folder = run_folder(tmp_path, lines)
+    assert main(["report", str(folder)]) == 0
+    ElementTree.fromstring((folder / "report.html").read_text().split("\n", 1)[1])
 
 
 def test_numbers() -> None:
@@ -156,5 +169,5 @@ def test_numbers() -> None:
 
 def test_values_that_are_no_numbers_are_no_points() -> None:
     lines = [{"step": 1, "a/b": True}, {"step": 2, "a/b": "x"}, {"step": 3, "a/b": 2}]
-    assert curves(lines, "a/b")[0].points == ((3, 2),)
-    assert curves([{"step": 1, "a/b": None}], "a/b") == []
+    assert [(curve.name, curve.points) for curve in curves(lines)] == [("a/b", ((3, 2),))]
+    assert curves([{"step": 1, "a/b": None}]) == []
