@@ -147,10 +147,11 @@ class Trainer:
             after_step: called on every rank with the number of steps made (checkpoints,
                 evaluation, a request to stop); False ends the run.
         """
-        while self.step < num_steps:
+        going_on = True
+        while going_on and self.step < num_steps:
             self.train_step()
-            if after_step is not None and not after_step(self.step):
-                return
+            going_on = after_step is None or after_step(self.step)
+        self.collector.settle(self.policy_version)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and moments: JSON values, the same on every rank.

@@ -14,12 +14,15 @@ from transformers import AutoModelForCausalLM
 
 from megatron_vopd.collector import RolloutCollector
 from megatron_vopd.curriculum import EntropyGatedLength
-from megatron_vopd.hf_io import export_weights
-from megatron_vopd.packing import group_advantages
+from megatron_vopd.hf_io import export_weights, read_config
+from megatron_vopd.model import ModelOptions
+from megatron_vopd.packing import PackingSettings, cp_shard, cp_tokens, group_advantages, pack
+from megatron_vopd.parallel import independent_groups
 from megatron_vopd.prompt_stream import PromptStream
 from megatron_vopd.rollout.scripted import ScriptedEngine
 from megatron_vopd.scoring import mean_entropy, sequence_logprobs, student_statistics
 from megatron_vopd.settings import StepSettings
+from megatron_vopd.teacher import Teacher, score
 from megatron_vopd.trainer import PHASES, Trainer
 from megatron_vopd.types import Layout, Prompt, Rollout, UserError
 from tests.distributed.harness import spawn
@@ -254,6 +257,36 @@ def test_a_prompt_for_an_unknown_teacher_is_named(folders: dict[str, str]) -> No
     setup = Setup(Case("alone", Layout(1)), folders["student"], _teachers(folders))
     (message,) = spawn(_unknown_teacher, 1, setup, rollouts)
     assert "'teachers.c'; there are teachers.a, teachers.b; correct the field" in message
+
+
+def _context_parallel(setup: Setup, rollouts: list[Rollout]) -> list[int]:
+    """On a rank: a student cut over cp gets the teacher's states of its own tokens, bit by bit."""
+    groups = enter(setup.case)
+    _, facts = read_config(setup.student_dir)
+    teacher_groups = independent_groups(setup.teacher_layout or setup.case.layout)
+    teacher = Teacher(setup.teacher_dirs["teacher"], teacher_groups, facts, groups, ModelOptions())
+    (rows,) = pack(rollouts, PackingSettings(1, 48, cp=2))
+    counts = []
+    # The teacher's replicas are one: both ranks have all of its states, to compare with.
+    whole = teacher.score(rows)
+    for row, full_TD, own_TD in zip(
+        rows, whole, score({"teacher": teacher}, [rows], groups), strict=True
+    ):
+        tokens = cp_tokens(row, groups.coordinates.cp, 2)
+        assert torch.equal(own_TD, full_TD[tokens])
+        assert len(own_TD) == cp_shard(row, groups.coordinates.cp, 2).num_tokens
+        counts.append(len(own_TD))
+    return counts
+
+
+def test_teacher_states_for_context_parallel_ranks(folders: dict[str, str]) -> None:
+    rollouts = make_rollouts(6, VOCAB)
+    teachers = {"teacher": folders["teachers.a"]}
+    case = Case("cp2", Layout(2, cp=2))
+    setup = Setup(case, folders["student"], teachers, Layout(2, tp=2))
+    first, second = spawn(_context_parallel, 2, setup, rollouts)
+    assert len(first) == len(second) > 1
+    assert sum(first) + sum(second) == sum(len(r.response_ids) for r in rollouts)
 
 
 class _Records:
