@@ -134,9 +134,7 @@ class Trainer:
         with phase("optimizer"):
             update = self._update(rollouts)
         if update.applied:
-            self.policy_version += 1
-            with phase("weight_sync"):
-                self.collector.push(self.policy_version)
+            self._publish(phase)
         self.step += 1
         return self._report(rollouts, update, phase)
 
@@ -227,6 +225,14 @@ class Trainer:
             self.guard.accept(grad_norm)
         self.student.scheduler.step(1)
         return update
+
+    def _publish(self, phase: Phases) -> None:
+        """Give the engines the updated weights as the next policy version."""
+        self.policy_version += 1
+        with phase("rollout"):
+            self.collector.settle(self.policy_version)
+        with phase("weight_sync"):
+            self.collector.push(self.policy_version)
 
     def _save_for_replay(self, rollouts: Sequence[Rollout], update: Update) -> None:
         folder = self.settings.replay_dir

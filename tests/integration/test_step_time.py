@@ -106,7 +106,7 @@ def test_table_and_staleness(folders: tuple[str, str], tmp_path: Path) -> None:
     rates = {}
     for staleness in (0, 1):
         log_path = str(tmp_path / f"engine{staleness}.log")
-        (metrics,) = spawn(_metrics, 1, *folders, log_path, staleness, 7)
+        (metrics,) = spawn(_metrics, 1, *folders, log_path, staleness, 6)
         # The engine compiles in the first step, and nothing is sampled ahead of it.
         steps = metrics[1:-1]
         seconds = dict(_table(steps))
