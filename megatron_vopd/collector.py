@@ -66,6 +66,7 @@ class RolloutCollector:
 
     Args:
         engine: of this rank when it is a data-parallel leader, else None.
+        prompts: to be answered; None when all responses are given.
         responses: given responses, where the settings ask for some.
         grader: rollout -> grade, called on the leaders; None: no grades.
         push: gives all engines the student's weights under a version; None: no engine.
@@ -76,7 +77,7 @@ class RolloutCollector:
         self,
         groups: Groups,
         engine: Engine | None,
-        prompts: PromptSource,
+        prompts: PromptSource | None,
         settings: StepSettings,
         vocab_size: int,
         device: str,
@@ -102,9 +103,10 @@ class RolloutCollector:
         """
         self.settle(policy_version)
         graded, self._ready = self._ready, None
+        asks = self._settings.num_asked > 0
         if graded is None:
-            graded = self._collect(self._request(step, limit), policy_version)
-        if self._settings.max_staleness and self._settings.num_asked:
+            graded = self._collect(self._request(step, limit), policy_version) if asks else []
+        if self._settings.max_staleness and asks:
             self._flight = _Flight(self._generate, self._request(step + 1, limit))
         if self._settings.num_given:
             assert self._responses is not None, "given responses without a source"
@@ -138,15 +140,16 @@ class RolloutCollector:
     def state_dict(self, policy_version: int) -> dict[str, Any]:
         """JSON values: positions of the data, and responses sampled but not yet trained on."""
         self.settle(policy_version)
-        ready, responses = self._ready, self._responses
+        ready = self._ready
         return {
-            "prompts": self._prompts.state_dict(),
-            "responses": None if responses is None else responses.state_dict(),
+            "prompts": None if self._prompts is None else self._prompts.state_dict(),
+            "responses": None if self._responses is None else self._responses.state_dict(),
             "ready": None if ready is None else [asdict(graded) for graded in ready],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._prompts.load_state_dict(state["prompts"])
+        if self._prompts is not None:
+            self._prompts.load_state_dict(state["prompts"])
         if self._responses is not None:
             self._responses.load_state_dict(state["responses"])
         ready = state["ready"]
@@ -162,6 +165,7 @@ class RolloutCollector:
             seed=step_seed(settings.seed, step),
             stop_ids=settings.stop_ids,
         )
+        assert self._prompts is not None, "responses asked for without a stream of prompts"
         return Request(self._prompts.next(settings.num_asked), sampling)
 
     def _collect(self, request: Request, policy_version: int) -> list[Graded]:

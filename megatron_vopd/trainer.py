@@ -134,9 +134,7 @@ class Trainer:
         with phase("optimizer"):
             update = self._update(rollouts)
         if update.applied:
-            self.policy_version += 1
-            with phase("weight_sync"):
-                self.collector.push(self.policy_version)
+            self._publish(phase)
         self.step += 1
         return self._report(rollouts, update, phase)
 
@@ -147,10 +145,11 @@ class Trainer:
             after_step: called on every rank with the number of steps made (checkpoints,
                 evaluation, a request to stop); False ends the run.
         """
-        while self.step < num_steps:
+        going_on = True
+        while going_on and self.step < num_steps:
             self.train_step()
-            if after_step is not None and not after_step(self.step):
-                return
+            going_on = after_step is None or after_step(self.step)
+        self.collector.settle(self.policy_version)
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and moments: JSON values, the same on every rank.
@@ -226,6 +225,14 @@ class Trainer:
             self.guard.accept(grad_norm)
         self.student.scheduler.step(1)
         return update
+
+    def _publish(self, phase: Phases) -> None:
+        """Give the engines the updated weights as the next policy version."""
+        self.policy_version += 1
+        with phase("rollout"):
+            self.collector.settle(self.policy_version)
+        with phase("weight_sync"):
+            self.collector.push(self.policy_version)
 
     def _save_for_replay(self, rollouts: Sequence[Rollout], update: Update) -> None:
         folder = self.settings.replay_dir

@@ -86,6 +86,9 @@ class GivenRollouts:
     def push(self, policy_version: int) -> None:
         pass
 
+    def settle(self, policy_version: int) -> None:
+        pass
+
     def state_dict(self, policy_version: int) -> dict[str, Any]:
         return {}
 

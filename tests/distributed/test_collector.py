@@ -136,6 +136,7 @@ def _overlapped() -> Any:
         if step == 1:
             state = json.loads(json.dumps(collector.state_dict(step)))
             collector._ready = None
+            assert collector._prompts is not None
             collector._prompts.next(3)
             collector.load_state_dict(state)
         collector.push(step + 1)
@@ -154,7 +155,11 @@ class _Given:
 def _mixed() -> Any:
     shares = {"student": 0.6, "dataset": 0.4}
     collector = _collector(_engine(), _Given(), prefix_fractions=shares, samples_per_prompt=1)
-    return collector.take(0, 7, 0)
+    collected = collector.take(0, 7, 0)
+    given: Any = _Given()
+    settings = StepSettings(OBJECTIVE, 5, 1, {"dataset": 1.0}, max_staleness=1)
+    only = RolloutCollector(_groups(), None, None, settings, VOCAB, "cpu", given)
+    return collected, only.take(0, 7, 0)
 
 
 def _hanging() -> str:
@@ -234,7 +239,8 @@ def test_one_step_off_generation_overlaps_training(seen: list[dict[str, Any]]) -
 
 
 def test_sampled_and_given_responses_in_one_step(seen: list[dict[str, Any]]) -> None:
-    for graded in (rank["_mixed"] for rank in seen):
+    for graded, only_given in (rank["_mixed"] for rank in seen):
+        assert len(only_given) == 5
         assert [one.order for one in graded] == list(range(5))
         sampled, given = graded[:3], graded[3:]
         assert all(one.rollout.policy_version == 0 for one in sampled)

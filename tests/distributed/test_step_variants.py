@@ -12,9 +12,19 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_vopd.packing import group_advantages
+from megatron_vopd.collector import RolloutCollector
+from megatron_vopd.curriculum import EntropyGatedLength
+from megatron_vopd.hf_io import export_weights, read_config
+from megatron_vopd.model import ModelOptions
+from megatron_vopd.packing import PackingSettings, cp_shard, cp_tokens, group_advantages, pack
+from megatron_vopd.parallel import independent_groups
+from megatron_vopd.prompt_stream import PromptStream
+from megatron_vopd.rollout.scripted import ScriptedEngine
 from megatron_vopd.scoring import mean_entropy, sequence_logprobs, student_statistics
-from megatron_vopd.types import Layout, Rollout, UserError
+from megatron_vopd.settings import StepSettings
+from megatron_vopd.teacher import Teacher, score
+from megatron_vopd.trainer import PHASES, Trainer
+from megatron_vopd.types import Layout, Prompt, Rollout, UserError
 from tests.distributed.harness import spawn
 from tests.distributed.layouts import Case, enter
 from tests.distributed.reference_step import Adam, Reference, reference_step, response_logits
@@ -22,6 +32,7 @@ from tests.distributed.steps import (
     Setup,
     make_rollouts,
     make_trainer,
+    objective,
     whole_weights,
     worst_error,
 )
@@ -246,6 +257,105 @@ def test_a_prompt_for_an_unknown_teacher_is_named(folders: dict[str, str]) -> No
     setup = Setup(Case("alone", Layout(1)), folders["student"], _teachers(folders))
     (message,) = spawn(_unknown_teacher, 1, setup, rollouts)
     assert "'teachers.c'; there are teachers.a, teachers.b; correct the field" in message
+
+
+def _context_parallel(setup: Setup, rollouts: list[Rollout]) -> list[int]:
+    """On a rank: a student cut over cp gets the teacher's states of its own tokens, bit by bit."""
+    groups = enter(setup.case)
+    _, facts = read_config(setup.student_dir)
+    teacher_groups = independent_groups(setup.teacher_layout or setup.case.layout)
+    teacher = Teacher(setup.teacher_dirs["teacher"], teacher_groups, facts, groups, ModelOptions())
+    (rows,) = pack(rollouts, PackingSettings(1, 48, cp=2))
+    counts = []
+    # The teacher's replicas are one: both ranks have all of its states, to compare with.
+    whole = teacher.score(rows)
+    for row, full_TD, own_TD in zip(
+        rows, whole, score({"teacher": teacher}, [rows], groups), strict=True
+    ):
+        tokens = cp_tokens(row, groups.coordinates.cp, 2)
+        assert torch.equal(own_TD, full_TD[tokens])
+        assert len(own_TD) == cp_shard(row, groups.coordinates.cp, 2).num_tokens
+        counts.append(len(own_TD))
+    return counts
+
+
+def test_teacher_states_for_context_parallel_ranks(folders: dict[str, str]) -> None:
+    rollouts = make_rollouts(6, VOCAB)
+    teachers = {"teacher": folders["teachers.a"]}
+    case = Case("cp2", Layout(2, cp=2))
+    setup = Setup(case, folders["student"], teachers, Layout(2, tp=2))
+    first, second = spawn(_context_parallel, 2, setup, rollouts)
+    assert len(first) == len(second) > 1
+    assert sum(first) + sum(second) == sum(len(r.response_ids) for r in rollouts)
+
+
+class _Records:
+    """In the run log's place."""
+
+    def __init__(self) -> None:
+        self.recorded: list[tuple[int, dict[str, float]]] = []
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        self.recorded.append((step, values))
+
+
+LADDER = (4, 8, 16)
+
+
+def _whole_step(setup: Setup) -> Any:
+    """On a rank: stream, engine, grader and curriculum as in a run, only the engine scripted."""
+    groups = enter(setup.case)
+    student = setup.student(groups)
+    settings = StepSettings(
+        objective("vopd_full"), 4, 2, max_tokens_per_microbatch=64, task_reward_weight=0.5
+    )
+    engine = ScriptedEngine(VOCAB)
+    own = engine if student.is_data_leader else None
+    prompts = [Prompt(f"p{i}", (i, i + 1, 2 * i)) for i in range(20)]
+
+    def push(policy_version: int) -> None:
+        engine.update_weights(export_weights(student.bare, student.facts, groups), policy_version)
+
+    collector = RolloutCollector(
+        groups,
+        own,
+        PromptStream(prompts[5:], seed=0),
+        settings,
+        VOCAB,
+        "cpu",
+        grader=lambda rollout: float(sum(rollout.response_ids) % 5),
+        push=push,
+    )
+    curriculum = EntropyGatedLength(LADDER, min_entropy_fraction=0.01, interval=1)
+    sink = _Records()
+    trainer = Trainer(
+        student, setup.teachers(student), collector, curriculum, settings, sink, prompts[:5]
+    )
+    collector.push(0)
+    trainer.fit(3)
+    entropy = curriculum.entropy
+    return sink.recorded, engine.policy_version, entropy
+
+
+def test_whole_steps_with_a_curriculum_and_grades(folders: dict[str, str]) -> None:
+    """Longer responses rung by rung; versions, lengths and metrics as they should be."""
+    teachers = {"teacher": folders["teachers.a"]}
+    setup = Setup(Case("dp2", Layout(2)), folders["student"], teachers, Layout(2, tp=2))
+    results = spawn(_whole_step, 2, setup)
+    (first, version, entropy), (second, other_version, other_entropy) = results
+    for (step, values), (_, others), length in zip(first, second, LADDER, strict=True):
+        assert step == first.index((step, values)) + 1
+        assert values["curriculum/max_response_tokens"] == values["rollout/length_max"] == length
+        assert values["loss/num_tokens"] == 8 * length
+        assert values["optim/skipped"] == 0
+        # The scripted engine samples from something else than the student.
+        assert values["mismatch/kl"] > 0.1
+        differing = {key for key in values if values[key] != others[key]}
+        assert all(key.startswith(("time/", "perf/")) for key in differing), differing
+        phases = sum(values[f"time/{name}_seconds"] for name in (*PHASES, "other"))
+        assert phases == pytest.approx(values["time/total_seconds"])
+    assert version == other_version == 3
+    assert entropy == other_entropy and entropy > 1
 
 
 GOLDEN = Path(__file__).with_name("golden_three_steps.txt")

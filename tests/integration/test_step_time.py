@@ -97,27 +97,27 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def _table(steps: list[dict[str, float]]) -> Iterator[tuple[str, float]]:
-    """Median seconds of every phase."""
+    """Mean seconds of every phase."""
     for name in (*PHASES, "other", "total"):
-        yield name, statistics.median(m[f"time/{name}_seconds"] for m in steps)
+        yield name, statistics.fmean(m[f"time/{name}_seconds"] for m in steps)
 
 
 def test_table_and_staleness(folders: tuple[str, str], tmp_path: Path) -> None:
-    rates = {}
+    rates, waits = {}, {}
     for staleness in (0, 1):
         log_path = str(tmp_path / f"engine{staleness}.log")
-        (metrics,) = spawn(_metrics, 1, *folders, log_path, staleness, 7)
+        (metrics,) = spawn(_metrics, 1, *folders, log_path, staleness, 6)
         # The engine compiles in the first step, and nothing is sampled ahead of it.
         steps = metrics[1:-1]
         seconds = dict(_table(steps))
-        operator = statistics.median(m["time/loss_operator_seconds"] for m in steps)
-        tokens = statistics.median(m["loss/num_tokens"] for m in steps)
+        operator = statistics.fmean(m["time/loss_operator_seconds"] for m in steps)
+        tokens = statistics.fmean(m["loss/num_tokens"] for m in steps)
         print(f"\nstaleness {staleness}: {tokens:.0f} response tokens, V = {VOCAB}")
         for name, value in seconds.items():
             print(f"  {name:18} {value:7.3f} s {100 * value / seconds['total']:6.1f} %")
         share = 100 * operator / seconds["total"]
         print(f"  {'(loss operator)':18} {operator:7.3f} s {share:6.1f} %")
-        rates[staleness] = tokens / seconds["total"]
+        rates[staleness], waits[staleness] = tokens / seconds["total"], seconds["rollout"]
         print(f"  {rates[staleness]:.0f} tokens/s")
         assert seconds["total"] >= 2 and seconds["other"] <= 0.05 * seconds["total"]
         assert all(m["optim/skipped"] == 0 for m in metrics)
@@ -126,4 +126,5 @@ def test_table_and_staleness(folders: tuple[str, str], tmp_path: Path) -> None:
         # Same weights: rounding. One step behind: what one update changed.
         assert all(value < 1e-8 for value in kl) if staleness == 0 else min(kl) > 1e-8
     print(f"staleness 1 over 0: {rates[1] / rates[0]:.2f} x")
-    assert rates[1] > rates[0]
+    # What overlapping is for. How much throughput that gains depends on the cores that are idle.
+    assert waits[1] < 0.5 * waits[0]
