@@ -53,7 +53,6 @@ class ServerSettings:
         dtype: the servers' --dtype, as torch names it.
         transport: "shm" or "nccl".
         model_dir: HF folder that the servers were started with; for nccl.
-        master_address, master_port: where the servers reach this process, for nccl.
         allow_remote: the network between trainer and servers is closed to everybody else.
         concurrency: requests under way per server.
         deadline_seconds: for one call of `generate`.
@@ -67,8 +66,6 @@ class ServerSettings:
     dtype: str = "float32"
     transport: str = "shm"
     model_dir: str = ""
-    master_address: str = "127.0.0.1"
-    master_port: int = 29600
     allow_remote: bool = False
     concurrency: int = 64
     deadline_seconds: float = 1800.0
@@ -268,7 +265,7 @@ class ServerEngine:
         from megatron_vopd.rollout.gpu_transfer import NcclSender
 
         if self._nccl is None:
-            address, port = self.settings.master_address, self.settings.master_port
+            address, port = self._push_servers[0].own_address()
             self._nccl = NcclSender(fan, address, port, sum(fan.world_sizes()))
         facts, _ = read_facts(f"{self.settings.model_dir}/config.json")
         sent = self._nccl.send(tensors, expected_weights(facts), dtype)

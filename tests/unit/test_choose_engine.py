@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
 from megatron_vopd.config import build_config
 from megatron_vopd.rollout.choose import make_engine
 from megatron_vopd.rollout.vllm_local import LocalEngine
 from megatron_vopd.rollout.vllm_server import ServerEngine
-from megatron_vopd.types import UserError
-from tests.unit.config_cases import with_values
+from tests.unit.config_cases import problems_of, with_values
 
 URLS = ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
 
@@ -42,6 +39,8 @@ def test_servers_are_shared_out() -> None:
     assert _make(one, 0, "cuda").settings.transport == "nccl"
 
 
-def test_servers_on_other_hosts_are_refused() -> None:
-    with pytest.raises(UserError, match="close that network"):
-        _make({"rollout.engine": "server", "rollout.urls": ["http://10.0.0.7:8000"]}, 0)
+def test_servers_on_other_hosts_need_a_word() -> None:
+    remote = {"rollout.engine": "server", "rollout.urls": ["http://10.0.0.7:8000"]}
+    (problem,) = problems_of(remote)
+    assert problem.startswith("rollout.urls: ") and "rollout.allow_remote=true" in problem
+    assert _make(remote | {"rollout.allow_remote": True}, 0).settings.allow_remote
