@@ -1,7 +1,7 @@
 """vLLM servers by URL: responses spread over them, weights through vLLM's routes for RL.
 
-The servers are started by somebody else (see examples/servers) with VLLM_SERVER_DEV_MODE=1 and a
-weight-transfer back end. Token ids go in and come out by /inference/v1/generate, so neither side
+The servers are started by somebody else (see examples/servers) with VLLM_SERVER_DEV_MODE=1, a
+weight-transfer back end and --enable-scale-out. Token ids go in and come out by /inference/v1/generate, so neither side
 needs a tokenizer; every response says which weights it was sampled from, so a server that was
 started again in between is noticed.
 
