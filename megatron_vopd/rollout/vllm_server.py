@@ -1,9 +1,9 @@
 """vLLM servers by URL: responses spread over them, weights through vLLM's routes for RL.
 
 The servers are started by somebody else (see examples/servers) with VLLM_SERVER_DEV_MODE=1, a
-weight-transfer back end and --enable-scale-out. Token ids go in and come out by /inference/v1/generate, so neither side
-needs a tokenizer; every response says which weights it was sampled from, so a server that was
-started again in between is noticed.
+weight-transfer back end and --enable-scale-out. Token ids go in and come out by
+/inference/v1/generate, so neither side needs a tokenizer; every response says which weights it was
+sampled from, so a server that was started again in between is noticed.
 
 Whoever reaches such a port can replace the model, and `--api-key` does not guard those routes:
 other hosts than this one are refused unless the caller says that the network is closed.
