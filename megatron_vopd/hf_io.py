@@ -256,11 +256,15 @@ def _gather_unit(
             own = shards[unit.megatron_name(rule, layer_spec, facts, layout)].detach().contiguous()
             size = layout.tp if expert_rank is None and rule.cut != "replicated" else 1
             for rank in range(size):
-                part = own if size == 1 or rank == at.tp else torch.empty_like(own)
+                is_own = size == 1 or rank == at.tp
+                part = own if is_own else torch.empty_like(own)
                 if size > 1:
                     broadcast_from_position(part, rank, groups.tp)
                 for piece in unit.plan(rule, facts, rank, size).pieces:
                     tensors[piece.name][piece.source] = part[piece.target]
+                if not is_own:
+                    # gloo's threads hold the last tensor that they moved.
+                    part.untyped_storage().resize_(0)
 
     if at.pp == stage and expert_rank in (None, at.ep):
         assemble()
