@@ -29,7 +29,7 @@ from megatron_vopd.hf_mapping import (
 )
 from megatron_vopd.model_facts import ModelError, ModelFacts, facts_from_config
 from megatron_vopd.model_files import is_plain_name, model_file, read_json
-from megatron_vopd.parallel import Groups, all_gather_shards, broadcast_from_position
+from megatron_vopd.parallel import Groups, broadcast_from_position
 from megatron_vopd.problems import shown
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -227,8 +227,8 @@ def export_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """`export_weights` for anything shaped like the parameters: gradients, optimizer moments.
 
-    A tensor is gathered over tp on the ranks that hold it, then sent along pp (experts: along ep
-    first). A shard that varies over data-parallel replicas is the caller's business.
+    A tensor is put together over tp on the ranks that hold it, then sent along pp (experts: along
+    ep first). A shard that varies over data-parallel replicas is the caller's business.
     """
     units = list(model_units(facts))
     for unit in units:
@@ -250,14 +250,21 @@ def _gather_unit(
     any_shard = next(iter(shards.values()))
     tensors = {name: any_shard.new_empty(hf_shape(name, facts)) for name in unit.hf_names()}
 
-    def assemble() -> None:  # so that the gathered shards are gone before anything is yielded
+    def assemble() -> None:
+        """Shards of the tp ranks one after another, so that only one of them exists at a time."""
         for rule in unit.rules:
-            own = shards[unit.megatron_name(rule, layer_spec, facts, layout)]
-            cut = expert_rank is None and rule.cut != "replicated"
-            parts = all_gather_shards(own.detach(), groups.tp) if cut else [own]
-            for rank, part in enumerate(parts):
-                for piece in unit.plan(rule, facts, rank, len(parts)).pieces:
+            own = shards[unit.megatron_name(rule, layer_spec, facts, layout)].detach().contiguous()
+            size = layout.tp if expert_rank is None and rule.cut != "replicated" else 1
+            for rank in range(size):
+                is_own = size == 1 or rank == at.tp
+                part = own if is_own else torch.empty_like(own)
+                if size > 1:
+                    broadcast_from_position(part, rank, groups.tp)
+                for piece in unit.plan(rule, facts, rank, size).pieces:
                     tensors[piece.name][piece.source] = part[piece.target]
+                if not is_own:
+                    # gloo's threads hold the last tensor that they moved.
+                    part.untyped_storage().resize_(0)
 
     if at.pp == stage and expert_rank in (None, at.ep):
         assemble()

@@ -42,7 +42,7 @@ from megatron_vopd.rollout.engine import (
     Sampling,
 )
 from megatron_vopd.rollout.transfer import is_finite
-from megatron_vopd.types import Prompt, Rollout
+from megatron_vopd.types import Prompt, Rollout, UserError
 
 ScoreFn = Callable[[Sequence[Sequence[int]]], list[list[float]]]
 
@@ -152,7 +152,7 @@ def _attempt(
             if engine.policy_version != policy_version:
                 failure = f"the engine has version {engine.policy_version}"
                 engine.refuse_weights(failure)
-        except EngineError as error:
+        except (EngineError, UserError) as error:
             failure = str(error)
     tensors.finish()
     return _agree(report, failure)
@@ -189,7 +189,7 @@ def _prove(
                     f"(limit {probe.tolerance:g}): it does not hold the student's weights"
                 )
                 engine.refuse_weights(failure)
-        except EngineError as error:
+        except (EngineError, UserError) as error:
             failure = str(error)
     gaps, failures = _agree(gap if engine is not None else None, failure)
     return [replace(report, probe_gap=max(gaps, default=0.0)) for report in reports], failures
@@ -257,7 +257,7 @@ def sample(
                 check_rollouts(
                     rollouts, prompts, sampling, policy_version, max_staleness, vocab_size
                 )
-            except EngineError as error:
+            except (EngineError, UserError) as error:
                 failure = str(error)
         _, failures = _agree(None, failure)
         if not failures:

@@ -34,11 +34,12 @@ for ((i = 0; i < NUM_SERVERS; i++)); do
   if [ "$DEVICE" = cuda ]; then
     export CUDA_VISIBLE_DEVICES=$(seq -s, $((i * TP)) $((i * TP + TP - 1)))
   fi
-  # Log-probs of the distribution that is sampled, random weights until the first push.
+  # Scale-out is what vLLM calls its routes for token ids. Log-probs of the distribution that is
+  # sampled; random weights until the first push.
   "${PYTHON:-python}" -m vllm.entrypoints.openai.api_server \
     --model "$MODEL" --host "$HOST" --port "$port" --dtype "${DTYPE:-bfloat16}" \
     --tensor-parallel-size "$TP" --max-model-len "${MAX_MODEL_LEN:-4096}" \
-    --load-format dummy --skip-tokenizer-init --generation-config vllm \
+    --load-format dummy --skip-tokenizer-init --generation-config vllm --enable-scale-out \
     --logprobs-mode processed_logprobs --disable-uvicorn-access-log \
     --weight-transfer-config "{\"backend\": \"$BACKEND\"}" "${EXTRA[@]}" \
     >"$LOG_DIR/server_$port.log" 2>&1 &

@@ -111,6 +111,11 @@ class RolloutSection(Section):
     urls: Annotated[tuple[Text, ...], BeforeValidator(tuple_from_list)] = Field(
         default=(), description="Servers of `engine: server`, as http://host:port."
     )
+    allow_remote: bool = Field(
+        default=False,
+        description="Servers may be on other hosts: their network is closed to everybody else, "
+        "since vLLM's routes for weights have no password.",
+    )
     tp: Size = Field(default=1, description="Tensor-parallel size of each engine.")
     dtype: Dtype = Field(default="bf16", description="Compute type of the engine.")
     num_prompts: Count = Field(default=64, description="Prompts per step.")

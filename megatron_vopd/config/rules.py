@@ -238,6 +238,14 @@ def _rollout(config: Config) -> Iterator[Problem]:
                 "http://host:port or https://host:port",
                 "write for example http://127.0.0.1:8000",
             )
+        elif rollout.engine == "server" and not (rollout.allow_remote or _is_here(url)):
+            yield Problem(
+                "rollout.urls",
+                shown(url),
+                "a server on this host: whoever reaches its port can replace the model",
+                "close that network to everybody else, then set rollout.allow_remote=true",
+                ("rollout.allow_remote",),
+            )
     if rollout.max_staleness and rollout.engine == "local" and config.parallel.device != "cpu":
         yield Problem(
             "rollout.max_staleness",
@@ -246,6 +254,10 @@ def _rollout(config: Config) -> Iterator[Problem]:
             "set rollout.max_staleness=0, or use rollout.engine=server (or parallel.device=cpu)",
             ("rollout.engine", "parallel.device"),
         )
+
+
+def _is_here(url: str) -> bool:
+    return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
 def _is_server_url(url: str) -> bool:

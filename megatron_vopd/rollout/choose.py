@@ -34,7 +34,7 @@ def make_engine(
         gpu: the leader's own, for CUDA_VISIBLE_DEVICES.
 
     Raises:
-        UserError: servers on another host than this one, or too large an engine.
+        UserError: too large an engine.
     """
     rollout = config.rollout
     dtype = _DTYPES[rollout.dtype]
@@ -47,6 +47,7 @@ def make_engine(
                 dtype=dtype,
                 transport="shm" if device == "cpu" else "nccl",
                 model_dir=model_dir,
+                allow_remote=rollout.allow_remote,
                 deadline_seconds=rollout.deadline_seconds,
             )
         )

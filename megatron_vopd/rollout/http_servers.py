@@ -78,6 +78,14 @@ class Server:
         except ValueError:
             raise EngineError(f"server {self.url}, {path}: its answer is not JSON") from None
 
+    def own_address(self) -> tuple[str, int]:
+        """The address of this process that the server can reach, and a port that is free on it."""
+        with socket.create_connection((self.host, self.port), timeout=HEALTH_SECONDS) as used:
+            address = used.getsockname()[0]
+        with socket.socket() as free:
+            free.bind((address, 0))
+            return address, free.getsockname()[1]
+
     def is_healthy(self) -> bool:
         """Whether it answers now."""
         try:

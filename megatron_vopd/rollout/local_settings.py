@@ -27,7 +27,8 @@ class LocalSettings:
         tp: tensor-parallel size of the engine; on GPUs 1, since weights come from one GPU by IPC.
         gpu: for CUDA_VISIBLE_DEVICES, the trainer's own; None: as inherited.
         seed: of the engine itself; responses have seeds of their own.
-        start_seconds: until the engine has started (with kernels to compile: minutes).
+        start_seconds: until the engine has started (on a GPU minutes); less than the timeout of the
+            world's collectives, in which the other ranks wait meanwhile.
         push_seconds: for one part of a push, a probe, or any other short command.
         deadline_seconds: for one call of `generate`.
         stall_seconds: without any progress while generating.
@@ -46,7 +47,7 @@ class LocalSettings:
     tp: int = 1
     gpu: str | None = None
     seed: int = 0
-    start_seconds: float = 600.0
+    start_seconds: float = 480.0
     push_seconds: float = 120.0
     deadline_seconds: float = 1800.0
     stall_seconds: float = 300.0

@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
@@ -41,6 +42,7 @@ from megatron_vopd.rollout.transfer import send_weights
 from megatron_vopd.types import Prompt, Rollout, UserError
 
 LOG_TAIL_BYTES = 20000
+GRACE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
@@ -133,7 +135,12 @@ class LocalEngine:
         if self._process.poll() is not None:
             self._fail(command, "its keeper is gone, and nobody would end it after the trainer")
         begin = moved = time.monotonic()
-        deadline = begin + (seconds or self.settings.push_seconds)
+        limit = seconds or self.settings.push_seconds
+        deadline = begin + limit
+        # A process that stops in the middle of a message leaves the pipe's other end waiting.
+        alarm = threading.Timer(limit + GRACE_SECONDS, reap_session, (self._process.pid,))
+        alarm.daemon = True
+        alarm.start()
         try:
             self._connection.send((command, arguments))
             while True:
@@ -152,7 +159,10 @@ class LocalEngine:
                 if on_progress is not None:
                     on_progress(value)
         except (EOFError, ConnectionError):
-            self._fail(command, "its process died")
+            late = time.monotonic() > deadline
+            self._fail(command, "no answer in time" if late else "its process died")
+        finally:
+            alarm.cancel()
 
     def _fail(self, command: str, seen: str, is_known: bool = False) -> None:
         """End the engine, then raise; unless the cause is known, the log may tell it."""

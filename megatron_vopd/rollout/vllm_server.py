@@ -1,9 +1,9 @@
 """vLLM servers by URL: responses spread over them, weights through vLLM's routes for RL.
 
-The servers are started by somebody else (see examples/servers) with VLLM_SERVER_DEV_MODE=1 and a
-weight-transfer back end. Token ids go in and come out by /inference/v1/generate, so neither side
-needs a tokenizer; every response says which weights it was sampled from, so a server that was
-started again in between is noticed.
+The servers are started by somebody else (see examples/servers) with VLLM_SERVER_DEV_MODE=1, a
+weight-transfer back end and --enable-scale-out. Token ids go in and come out by
+/inference/v1/generate, so neither side needs a tokenizer; every response says which weights it was
+sampled from, so a server that was started again in between is noticed.
 
 Whoever reaches such a port can replace the model, and `--api-key` does not guard those routes:
 other hosts than this one are refused unless the caller says that the network is closed.
@@ -53,7 +53,6 @@ class ServerSettings:
         dtype: the servers' --dtype, as torch names it.
         transport: "shm" or "nccl".
         model_dir: HF folder that the servers were started with; for nccl.
-        master_address, master_port: where the servers reach this process, for nccl.
         allow_remote: the network between trainer and servers is closed to everybody else.
         concurrency: requests under way per server.
         deadline_seconds: for one call of `generate`.
@@ -67,8 +66,6 @@ class ServerSettings:
     dtype: str = "float32"
     transport: str = "shm"
     model_dir: str = ""
-    master_address: str = "127.0.0.1"
-    master_port: int = 29600
     allow_remote: bool = False
     concurrency: int = 64
     deadline_seconds: float = 1800.0
@@ -268,7 +265,7 @@ class ServerEngine:
         from megatron_vopd.rollout.gpu_transfer import NcclSender
 
         if self._nccl is None:
-            address, port = self.settings.master_address, self.settings.master_port
+            address, port = self._push_servers[0].own_address()
             self._nccl = NcclSender(fan, address, port, sum(fan.world_sizes()))
         facts, _ = read_facts(f"{self.settings.model_dir}/config.json")
         sent = self._nccl.send(tensors, expected_weights(facts), dtype)

@@ -37,7 +37,7 @@ def score(
 
         def collect(output: torch.Tensor, non_loss_data: bool = True) -> None:
             logits = vocabulary_logits(output, stage, facts, groups, sequence_parallel)
-            logprobs = logits[:, :-1].log_softmax(-1)
+            logprobs = logits[:, :-1].float().log_softmax(-1)
             scored.append(logprobs.gather(-1, rows[:, 1:, None])[..., 0])
 
         return hidden, collect

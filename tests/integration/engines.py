@@ -80,8 +80,10 @@ def make_prompts(number: int, longest: int = 60, seed: int = 0) -> list[Prompt]:
 class Student:
     """On a rank: a student in training, and the trainer's log-probs."""
 
-    def __init__(self, folder: str, case: Case, groups: Groups) -> None:
-        self.model, self.facts = build(folder, case, groups)
+    def __init__(
+        self, folder: str, case: Case, groups: Groups, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.model, self.facts = build(folder, case, groups, dtype)
         self.groups = groups
         self._ddp = wrap(self.model, groups)
         self._steps = 0

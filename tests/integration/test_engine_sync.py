@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_vopd.rollout.engine import Sampling
 from megatron_vopd.rollout.vllm_local import LocalEngine
@@ -33,16 +34,20 @@ from tests.integration.engines import (
 
 pytestmark = needs_vllm
 PUSHES, MIN_TOKENS = 10, 1000
+# Logits of a few nats with 8 bits each, through four layers.
+BF16_TOLERANCE = 0.1
 
 
-def _pushes(folder: str, case: Case, log_path: str) -> list[dict[str, Any]]:
+def _pushes(
+    folder: str, case: Case, log_path: str, pushes: int, dtype: str, tolerance: float
+) -> list[dict[str, Any]]:
     """On a rank: what was measured after each push."""
     groups = enter(case)
-    student = Student(folder, case, groups)
-    engine = LocalEngine(settings(folder, log_path)) if is_leader(groups) else None
-    prompts, probe, found = make_prompts(16), make_probe(VOCAB, tolerance=TOLERANCE), []
+    student = Student(folder, case, groups, getattr(torch, dtype))
+    engine = LocalEngine(settings(folder, log_path, dtype=dtype)) if is_leader(groups) else None
+    prompts, probe, found = make_prompts(16), make_probe(VOCAB, tolerance=tolerance), []
     try:
-        for version in range(1, PUSHES + 1):
+        for version in range(1, pushes + 1):
             student.train()
             arguments = (student.model, student.facts, groups, engine, version)
             report = push(*arguments, score_fn=student.score, probe=probe)
@@ -62,7 +67,8 @@ def _pushes(folder: str, case: Case, log_path: str) -> list[dict[str, Any]]:
 def test_ten_pushes(name: str, tmp_path: Path) -> None:
     folder = MODELS[name].save(tmp_path)
     case = EP2_PP2 if name == "qwen3_moe" else TP2_PP2
-    found = spawn(_pushes, 4, str(folder), case, str(tmp_path / "engine.log"))[0]
+    arguments = (str(folder), case, str(tmp_path / "engine.log"), PUSHES, "float32", TOLERANCE)
+    found = spawn(_pushes, 4, *arguments)[0]
     assert [one["report"].policy_version for one in found] == list(range(1, PUSHES + 1))
     for one in found:
         assert one["tokens"] >= MIN_TOKENS
@@ -75,3 +81,15 @@ def test_ten_pushes(name: str, tmp_path: Path) -> None:
         f"{max(one['report'].probe_gap for one in found):.1e}, push "
         f"{max(one['report'].seconds for one in found):.2f} s at most"
     )
+
+
+@pytest.mark.timeout(900)
+def test_bf16(tmp_path: Path) -> None:
+    """In bf16 engine and trainer round differently; what is sent is still the student's bits."""
+    folder = MODELS["qwen3-tied"].save(tmp_path)
+    arguments = (str(folder), TP2_PP2, str(tmp_path / "engine.log"), 3, "bfloat16", BF16_TOLERANCE)
+    found = spawn(_pushes, 4, *arguments)[0]
+    gaps = [one["gap"] for one in found], [one["report"].probe_gap for one in found]
+    print(f"\nbf16: largest gaps {gaps[0]}, probe {gaps[1]}")
+    assert max(gaps[0]) <= BF16_TOLERANCE
+    assert [one["report"].attempts for one in found] == [1, 1, 1]

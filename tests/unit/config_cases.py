@@ -76,7 +76,12 @@ FINE = [
         "teachers": {"m": {"path": "a/b"}, "n": {"path": "a/c", "tp": 4}},
         "data.teacher_field": "domain",
     },
-    {"rollout.engine": "server", "rollout.urls": ["http://h:1"], "rollout.max_staleness": 1},
+    {
+        "rollout.engine": "server",
+        "rollout.urls": ["http://h:1"],
+        "rollout.allow_remote": True,
+        "rollout.max_staleness": 1,
+    },
     {"parallel.device": "cpu", "rollout.max_staleness": 1},
     {"curriculum.min_entropy": 0.3},
     {"optimizer.learning_rate": 1},

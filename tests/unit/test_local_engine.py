@@ -7,6 +7,7 @@ same with vLLM.
 from __future__ import annotations
 
 import os
+import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,6 +104,17 @@ def test_progress_is_no_stall_but_has_a_deadline(make: Any) -> None:
     hasty.update_weights(WEIGHTS, 1)
     with pytest.raises(EngineError, match=r"generate: no answer for 1\.2 s"):
         hasty.generate(PROMPTS, SAMPLING)
+
+
+def test_an_engine_that_stops_within_a_message(make: Any) -> None:
+    engine = make()
+    engine.update_weights(WEIGHTS, 1)
+    host = max(engine.processes())
+    os.kill(host, signal.SIGSTOP)
+    begin = time.monotonic()
+    with pytest.raises(EngineError, match="probe: no answer in time"):
+        engine._call("probe", [[1] * 10**6], seconds=1.0)
+    assert time.monotonic() - begin < 8 and not engine.processes()
 
 
 def test_a_source_that_fails_ends_the_engine(make: Any) -> None:
