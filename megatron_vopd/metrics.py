@@ -137,7 +137,7 @@ def reduce_sums(sums: Mapping[str, Tensor], contributes: bool) -> dict[str, floa
     Args:
         sums: of this rank's microbatches. The caller may add `loss/mean`, the loss summed over
             the same tokens.
-        contributes: only on the student's last stage with tp rank 0 (and cp rank 0); elsewhere
+        contributes: only on the student's last stage with tp rank 0, of every cp rank; elsewhere
             `sums` is not read.
 
     Raises:
