@@ -2,8 +2,9 @@
 
 An engine belongs to one data-parallel leader. Its methods are called one at a time (`generate` of a
 step that is sampled ahead from another thread than the rest), and each ends within the engine's
-deadline: with its result, or with an EngineError that names the phase. After an EngineError the engine holds no usable weights until the next `update_weights`,
-which also starts what has to be started again.
+deadline: with its result, or with an EngineError that names the phase. After an EngineError the
+engine holds no usable weights until the next `update_weights`, which also starts what has to be
+started again.
 """
 
 from __future__ import annotations
