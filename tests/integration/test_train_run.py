@@ -207,8 +207,9 @@ def test_whole_run(root: Path) -> None:
         assert all(line[key] is not None for key in KEYS), line
         assert line["optim/skipped"] == 0 and line["kl/reverse"] > 0
         assert line["weight_sync/probe_gap"] <= 1e-4 and line["mismatch/kl"] < 1e-6
-        # Exact centring: the advantage's mean over tokens is far below the reward's.
-        assert line["variance/advantage_over_reward"] < 1
+        # The baseline centres: within five standard errors, where the reward is far off.
+        error = line["advantage/std"] / line["loss/num_tokens"] ** 0.5
+        assert abs(line["advantage/mean"]) < 5 * error < abs(line["reward/mean"])
     assert lines[0]["optim/lr"] == 1e-3
     # Measured once the interval is over, and the ladder climbed.
     assert lines[2]["curriculum/entropy"] > 0 and lines[2]["curriculum/max_response_tokens"] == 32
