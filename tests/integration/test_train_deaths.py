@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 
+from megatron_vopd.metrics_file import METRICS_NAME, read_metrics
 from tests.integration.runs import (
     command,
     environment,
@@ -125,6 +126,23 @@ def test_deaths(way: str, root: Path, running: Any) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     steps = _steps(root, name)
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_full_disk(root: Path) -> None:
+    """A limit on the size of files stands for the disk; what was recorded before can be read."""
+    folder = root / "launch_full"
+    overrides = [*without_engine(root), "train.steps=1000", "run.name=full"]
+    overrides.append("logging.tensorboard=false")
+    limited = ["bash", "-c", 'ulimit -f 12; exec "$@"', "limited"]
+    arguments = command(2, str(root / "config.yaml"), *overrides)
+    with started(folder, *limited, *arguments) as launcher:
+        assert launcher.wait(timeout=240) == FAILED
+    lines = _own_lines(folder)
+    print(lines)
+    assert len(lines) == 1 and "metrics.jsonl" in lines[0] and "free space" in lines[0]
+    recorded = read_metrics(root / "runs" / "full" / METRICS_NAME).lines
+    assert [line["step"] for line in recorded] == list(range(1, len(recorded) + 1))
+    assert len(recorded) > 2
 
 
 def test_without_torchrun(root: Path) -> None:
