@@ -6,11 +6,11 @@ all of them as one UserError; process groups and models are made in the same ord
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -148,7 +148,7 @@ def resolved_device(config: Config) -> str:
 
 def resolved_layer_spec(config: Config, device: str) -> LayerSpec:
     """te or local; what is asked for and missing is an error."""
-    has_te = device == "cuda" and importlib.util.find_spec("transformer_engine") is not None
+    has_te = device == "cuda" and find_spec("transformer_engine") is not None
     asked = config.parallel.backend
     if asked == "te" and not has_te:
         expected = "transformer_engine installed, and a GPU"
@@ -180,6 +180,7 @@ def assemble(config: Config, device: str, engine: Engine | None = None) -> Run:
     in_step(lambda: require_sound(config))
     run_dir = Path(config.run.dir) / config.run.name
     if engine is None:
+        in_step(lambda: _require_vllm(config))
         in_step(lambda: _prepare_folder(run_dir, config))
     with ExitStack() as stack:
         run = _assembled(config, device, engine, run_dir, stack)
@@ -227,6 +228,14 @@ def _assembled(
         sources.prompts.held_out,
     )
     return Run(config, run_dir, student_dir, student, trainer, engine, pusher, writer, stack)
+
+
+def _require_vllm(config: Config) -> None:
+    """Looked for before the models are loaded, which takes minutes."""
+    asks = "student" in config.objective.prefix_fractions and config.rollout.engine == "local"
+    if asks and find_spec("vllm") is None:
+        remedy = "install it (CPU: make engine), or set rollout.engine=server"
+        raise _refused("rollout.engine", "local", "vLLM installed beside this package", remedy)
 
 
 def _prepare_folder(run_dir: Path, config: Config) -> None:

@@ -18,8 +18,9 @@ from typing import Any
 
 if __name__ == "__main__":
     # Before the imports: megatron-core and torch report each fallback of a machine without GPU or
-    # TransformerEngine, on every rank.
+    # TransformerEngine, on every rank. And Ctrl-C, while they take their seconds, just ends it.
     warnings.filterwarnings("ignore")
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 import torch
 import torch.distributed as dist

@@ -132,6 +132,7 @@ USES = {
     "no TransformerEngine": Careless(
         ("parallel.backend=te",), ("parallel.backend", "set parallel.backend=auto")
     ),
+    "no vLLM": Careless((), ("rollout.engine", "install")),
     "a run already": Careless(("run.name=done",), ("run.name", "holds a run already")),
     "a folder of the user": Careless(("run.name=mine",), ("run.name", "mine/config.yaml")),
     "a file for a folder": Careless(("run.dir={root}/file",), ("run.dir", "file")),
@@ -170,7 +171,7 @@ def _all_uses(root: str, names: list[str]) -> Any:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_vopd import parallel
+    from megatron_vopd import assembly, parallel
 
     os.environ |= {
         "RANK": str(dist.get_rank()),
@@ -180,6 +181,8 @@ def _all_uses(root: str, names: list[str]) -> Any:
     }
     found = {}
     for name in names:
+        # The other uses are the same with and without vLLM, which none of them starts.
+        assembly.find_spec = lambda _, has=name != "no vLLM": object() if has else None
         found[name] = _used(root, USES[name])
         if parallel_state.is_initialized():
             parallel.destroy_groups()

@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -168,12 +169,19 @@ def _engines(launcher: subprocess.Popen) -> list[int]:
     return [int(pid) for pid in found]
 
 
+def _another_engine(launcher: subprocess.Popen, host: int) -> bool:
+    try:
+        return any(pid != host for pid in _engines(launcher))
+    except OSError:  # one ended while it was looked at
+        return False
+
+
 @needs_engine
 def test_engine_killed(root: Path) -> None:
     """The responses are sampled again: the run ends as if nothing had happened."""
     runs = {}
     for name in ("undisturbed", "killed"):
-        overrides = ["train.steps=4", f"run.name={name}", "checkpoint.export_hf=false"]
+        overrides = ["train.steps=20", f"run.name={name}", "checkpoint.export_hf=false"]
         arguments = command(1, str(root / "config.yaml"), *overrides)
         folder = root / f"launch_{name}"
         with started(folder, *arguments) as launcher:
@@ -181,13 +189,14 @@ def test_engine_killed(root: Path) -> None:
             if name == "killed":
                 (host,) = _engines(launcher)
                 os.kill(host, signal.SIGKILL)
+                restarted = partial(_another_engine, launcher, host)
+                _wait(restarted, "the engine was started again", launcher, 60)
             assert launcher.wait(timeout=200) == 0, (folder / "err").read_text()
         lines = (root / "runs" / name / "metrics.jsonl").read_text().splitlines()
         runs[name] = [json.loads(line) for line in lines]
     keys = ("step", "loss/mean", "reward/mean", "optim/grad_norm", "rollout/length_mean")
     kept = {name: [[line[key] for key in keys] for line in run] for name, run in runs.items()}
     assert kept["killed"] == kept["undisturbed"]
-    print([line["weight_sync/attempts"] for line in runs["killed"]])
 
 
 @needs_engine
@@ -200,5 +209,5 @@ def test_engine_that_cannot_start(root: Path) -> None:
         assert launcher.wait(timeout=240) == FAILED
     lines = _own_lines(folder)
     print(lines)
-    assert len(lines) == 1 and "engine, load: " in lines[0] and "engine_0.log" in lines[0]
+    assert len(lines) == 1 and "head_dim=24" in lines[0] and "engine_0.log" in lines[0]
     assert _steps(root, "narrow") == []
