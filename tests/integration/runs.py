@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +85,17 @@ def environment() -> dict[str, str]:
     return {**os.environ, **own}
 
 
+def descendants(pid: int) -> set[int]:
+    """A process and all processes that descend from it."""
+    found, stack = set(), [pid]
+    while stack:
+        at = stack.pop()
+        found.add(at)
+        for thread in Path(f"/proc/{at}/task").glob("*/children"):
+            stack += [int(child) for child in thread.read_text().split()]
+    return found
+
+
 @contextmanager
 def started(folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
     """A command in the background; its output goes to `out` and `err` in `folder`."""
@@ -94,5 +106,7 @@ def started(folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
         yield process
     finally:
         if process.poll() is None:
-            process.kill()
+            for pid in descendants(process.pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
         process.wait()

@@ -17,7 +17,7 @@ import torch
 
 from tests.distributed.harness import spawn
 from tests.integration.engines import needs_vllm
-from tests.integration.runs import command, environment, save_run, started
+from tests.integration.runs import command, descendants, environment, save_run, started
 
 
 def slow_with_vllm(test: Any) -> Any:
@@ -68,17 +68,6 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def _below(pid: int) -> set[int]:
-    """A process and all processes that descend from it."""
-    found, stack = set(), [pid]
-    while stack:
-        at = stack.pop()
-        found.add(at)
-        for thread in Path(f"/proc/{at}/task").glob("*/children"):
-            stack += [int(child) for child in thread.read_text().split()]
-    return found
-
-
 def _listening(pids: set[int]) -> set[tuple[str, str]]:
     """(command's last words, hexadecimal address) of every TCP socket that the processes listen on.
 
@@ -115,7 +104,7 @@ def _finished(
         deadline = time.monotonic() + 480
         while launcher.poll() is None and time.monotonic() < deadline:
             try:
-                now = _below(launcher.pid)
+                now = descendants(launcher.pid)
                 addresses |= _listening(now)
                 pids |= now
             except OSError:
