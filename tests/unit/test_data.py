@@ -76,7 +76,7 @@ def test_bad_files_are_named(tmp_path: Path, chat: PromptTokenizer) -> None:
         return lambda: load_prompts(str(tmp_path / name), "data.train", config_of(), chat)
 
     refused(load("none.jsonl"), "data.train", "none.jsonl", "existing")
-    refused(load("empty.jsonl", b"\n"), "data.train", "none", "at least one prompt")
+    refused(load("empty.jsonl", b"\n"), "data.train", "no records", "at least one prompt")
     refused(load("a.csv", b"prompt\na\n"), "data.train", "a.csv", ".jsonl")
     refused(load("a.parquet", b"no parquet"), "data.train", "a.parquet")
     (tmp_path / "hollow").mkdir()
