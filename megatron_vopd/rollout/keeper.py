@@ -16,11 +16,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 
 POLL_SECONDS = 0.2
+SCAN_SECONDS = 5.0
 REAP_SECONDS = 10.0
 TRACKER_SECONDS = 2.0
 SHARED_MEMORY = "/dev/shm/"
@@ -56,14 +57,17 @@ def mapped_shared_memory(pids: list[int]) -> set[str]:
     return found
 
 
-def reap_session(session: int) -> bool:
+def reap_session(session: int, known: Iterable[str] = ()) -> bool:
     """Kill every process of a session but this one; remove shared memory nobody else has mapped.
+
+    Args:
+        known: shared memory that its processes had mapped before; some may have ended since.
 
     Returns:
         Whether all were gone within REAP_SECONDS.
     """
     own = os.getpid()
-    leftovers: set[str] = set()
+    leftovers = set(known)
     begin = time.monotonic()
     while pids := [pid for pid in session_pids(session) if pid != own]:
         leftovers |= mapped_shared_memory(pids)
@@ -106,9 +110,13 @@ def main(arguments: list[str]) -> int:
     child = subprocess.Popen(command, pass_fds=list(descriptors(command)))
     for number in descriptors(command):
         os.close(number)
+    session, known, scanned = os.getsid(0), set(), 0.0
     while os.getppid() == parent and child.poll() is None:
+        if time.monotonic() - scanned > SCAN_SECONDS:
+            known |= mapped_shared_memory(session_pids(session))
+            scanned = time.monotonic()
         time.sleep(POLL_SECONDS)
-    reap_session(os.getsid(0))
+    reap_session(session, known)
     return child.wait()
 
 

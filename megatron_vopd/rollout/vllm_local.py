@@ -36,7 +36,7 @@ from megatron_vopd.rollout.engine import (
     generation_report,
     response_seed,
 )
-from megatron_vopd.rollout.keeper import reap_session, session_pids
+from megatron_vopd.rollout.keeper import mapped_shared_memory, reap_session, session_pids
 from megatron_vopd.rollout.local_settings import LocalSettings
 from megatron_vopd.rollout.transfer import send_weights
 from megatron_vopd.types import Prompt, Rollout, UserError
@@ -79,6 +79,7 @@ class LocalEngine:
         self._connection: Any = None  # multiprocessing's Connection
         self._asleep: list[str] = []  # what vLLM has put to sleep
         self._log_start = 0
+        self._shared_memory: set[str] = set()
 
     # -- the child ---------------------------------------------------------------------------
 
@@ -108,9 +109,11 @@ class LocalEngine:
         theirs.close()
         self._connection = ours
         self._asleep = []
+        self._shared_memory = set()
         self.num_starts += 1
         self._log_start = os.path.getsize(settings.log_path)
         self._call("load", settings.engine_arguments(), seconds=settings.start_seconds)
+        self._shared_memory = mapped_shared_memory(self.processes())
         # vLLM logs failures of parts that are not used here while it starts.
         self._log_start = os.path.getsize(settings.log_path)
 
@@ -190,7 +193,7 @@ class LocalEngine:
         if connection is not None:
             connection.close()
         if process is not None:
-            gone = reap_session(process.pid)
+            gone = reap_session(process.pid, self._shared_memory)
             process.wait()
             if not gone:
                 raise EngineError(f"engine: processes {session_pids(process.pid)} cannot be ended")

@@ -123,7 +123,9 @@ def test_mid_generate(tp: int, tmp_path: Path) -> None:
         cases = [("worker", signal.SIGKILL), ("worker", signal.SIGSTOP)]
     folder = MODELS["qwen3-tied"].save(tmp_path)
     arguments = (str(folder), str(tmp_path / "engine.log"), tp, cases)
+    before = set(os.listdir("/dev/shm"))
     (found,) = spawn(_mid_generate, 1, *arguments)
+    assert set(os.listdir("/dev/shm")) <= before, "shared memory of a crashed engine is left"
     starts = 1
     for (who, how), (equal, seen, num_starts) in zip(cases, found, strict=True):
         name = f"tp {tp}: {who} {signal.Signals(how).name}"

@@ -73,7 +73,8 @@ def test_an_engine_that_leaves_takes_its_workers_along(tmp_path: Path) -> None:
     _wait_for(lambda: not session_pids(session))
     trainer.kill()
     trainer.wait()
-    shared.unlink(missing_ok=True)  # mapped by nobody any more: not the keeper's to judge
+    assert reap_session(session, [str(shared)])
+    assert not shared.exists(), "what an engine had mapped before it left is removed too"
 
 
 def test_the_trainer_reaps_when_the_keeper_is_gone(tmp_path: Path) -> None:

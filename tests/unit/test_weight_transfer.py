@@ -79,17 +79,24 @@ def test_weights_arrive_bit_equal_layer_by_layer() -> None:
         assert torch.equal(receiver.received[name], tensor)
 
 
-def test_never_more_than_two_layers_exist() -> None:
+def test_never_more_than_two_layers_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    alive: set[int] = set()
     most = 0
 
-    def watched() -> Any:
-        nonlocal most
-        for pair in _tensors():
-            most = max(most, _open_segments())
-            yield pair
+    class Watched(Segment):
+        def __init__(self) -> None:
+            nonlocal most
+            super().__init__()
+            alive.add(id(self))
+            most = max(most, len(alive))
 
-    send_weights(watched(), Receiver(), torch.float32, "1")
-    assert most == 2 and _open_segments() == 0
+        def close(self) -> None:
+            super().close()
+            alive.discard(id(self))
+
+    monkeypatch.setattr(transfer, "Segment", Watched)
+    send_weights(_tensors(), Receiver(), torch.float32, "1")
+    assert most == 2 and not alive
 
 
 def test_weights_are_converted_to_the_engines_type() -> None:
