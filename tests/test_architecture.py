@@ -28,7 +28,9 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("collector", "forward", "student", "weight_sync", "evaluation"),
     ("teacher",),
     ("loss", "scoring"),
+    ("optimizer_state", "random_state", "run_folder", "run_identity"),
     ("trainer", "student_export"),
+    ("run_checkpoint",),
     ("assembly", "dry_run"),
     ("train", "cli", "tool_cli"),
 )
@@ -44,6 +46,8 @@ FENCES: dict[str, set[str]] = {
         "checkpoint",
         "forward",
         "student",
+        "optimizer_state",
+        "random_state",
         "loss",
         "cpu_runtime",
     },
