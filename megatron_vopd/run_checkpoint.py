@@ -43,23 +43,18 @@ from megatron_vopd.publish import read_manifest
 from megatron_vopd.publish_together import begin_staging, on_rank_0, publish_staging
 from megatron_vopd.random_state import random_bytes, restore_random_bytes
 from megatron_vopd.run_folder import (
-    ResumeError,
+    KIND,
     checkpoints_dir,
-    latest_remark,
     make_room,
-    newest_valid,
     remove_old,
-    remove_stale,
-    saved_steps,
     step_dir,
-    verify_checkpoint,
     write_latest,
 )
 from megatron_vopd.run_identity import require_same
+from megatron_vopd.run_resume import Resume, choose
 from megatron_vopd.student import Student
 from megatron_vopd.trainer import Trainer
 
-KIND = "training run"
 _RANDOM = "random_states"
 
 
@@ -231,87 +226,10 @@ def _manifest(folder: Path) -> dict[str, Any]:
     return manifest
 
 
-@dataclass(frozen=True)
-class Resume:
-    """What a start goes on from, the same on every rank; `folder` None: from nothing.
-
-    Attributes:
-        remarks: lines for the reader about what was passed over.
-    """
-
-    folder: Path | None
-    step: int
-    remarks: tuple[str, ...]
-
-
 def choose_resume(run_dir: Path, resume: str) -> Resume:
-    """What `checkpoint.resume` means for this run folder: rank 0 looks and tells all ranks (R2).
-
-    Args:
-        resume: `auto`, `never`, or a checkpoint folder.
+    """`run_resume.choose` on rank 0, told to all ranks.
 
     Raises:
-        ResumeError: steps were made here, and no checkpoint of them verifies; or the choice would
-            mix two runs.
+        UserError: on every rank.
     """
-    return in_step_all(lambda: _chosen(run_dir, resume) if dist.get_rank() == 0 else None)[0]
-
-
-def _chosen(run_dir: Path, resume: str) -> Resume:
-    remove_stale(run_dir)
-    steps, has_metrics = saved_steps(run_dir), _has_line(run_dir / "metrics.jsonl")
-    if resume == "never":
-        if steps or has_metrics:
-            raise ResumeError(
-                f"run.name: got {run_dir}, which holds a run already, expected a new folder for "
-                "checkpoint.resume=never; choose another run.name, or set checkpoint.resume=auto"
-            )
-        return Resume(None, 0, ())
-    given = None if resume == "auto" else Path(resume)
-    if given is not None and given.resolve().parent == checkpoints_dir(run_dir).resolve():
-        return _own_checkpoint(given, steps)
-    chosen, refused = newest_valid(run_dir)
-    remarks = (*refused, *latest_remark(run_dir, chosen))
-    if chosen is not None:
-        if given is not None:
-            remarks = (*remarks, f"checkpoint.resume={given}: {run_dir} has checkpoints of its own")
-        return _resume_at(chosen, remarks)
-    if steps or has_metrics:
-        reasons = "; ".join(refused) or "no checkpoint was saved"
-        raise ResumeError(
-            f"{run_dir}: steps were made here, but nothing can be resumed from ({reasons}); "
-            "restore a checkpoint, choose another run.name, or remove the folder"
-        )
-    if given is None:
-        return Resume(None, 0, remarks)
-    verify_checkpoint(given)
-    return _resume_at(given, remarks)
-
-
-def _own_checkpoint(given: Path, steps: list[int]) -> Resume:
-    """A checkpoint of this very run, asked for by its path."""
-    verify_checkpoint(given)
-    resume = _resume_at(given, ())
-    newer = [step for step in steps if step > resume.step]
-    if newer:
-        raise ResumeError(
-            f"checkpoint.resume: got {given}, but step_{newer[0]} beside it is newer; move the "
-            "newer ones away, or choose another run.name"
-        )
-    return resume
-
-
-def _resume_at(folder: Path, remarks: tuple[str, ...]) -> Resume:
-    state = read_state(folder)
-    step = state.get("step")
-    if type(step) is not int:
-        raise CheckpointError(f"{folder}: not a checkpoint of a training run; give a step_N folder")
-    return Resume(folder, step, remarks)
-
-
-def _has_line(path: Path) -> bool:
-    try:
-        with open(path, "rb") as file:
-            return file.readline().endswith(b"\n")
-    except FileNotFoundError:
-        return False
+    return in_step_all(lambda: choose(run_dir, resume) if dist.get_rank() == 0 else None)[0]

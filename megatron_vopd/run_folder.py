@@ -21,6 +21,7 @@ from typing import Literal
 
 from megatron_vopd.problems import shown
 from megatron_vopd.publish import (
+    MANIFEST_NAME,
     PublishError,
     regular_size,
     remove_leftovers,
@@ -28,8 +29,8 @@ from megatron_vopd.publish import (
     verify_manifest,
     verify_sizes,
 )
-from megatron_vopd.types import UserError
 
+KIND = "training run"
 LATEST_NAME, STATUS_NAME = "latest", "status.json"
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]{0,15})")
 _MAX_LATEST_BYTES = 64
@@ -53,10 +54,6 @@ class Status:
     last_checkpoint: str | None
     requeue: bool
     message: str = ""
-
-
-class ResumeError(UserError):
-    """A run folder that cannot be resumed from, and must not be started over."""
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -84,12 +81,24 @@ def saved_steps(run_dir: Path) -> list[int]:
     )
 
 
-def verify_checkpoint(folder: Path) -> None:
-    """Raise PublishError, naming the file, unless every byte is what was written."""
-    if folder.is_symlink():
-        raise PublishError(f"{folder}: a link; give the folder itself")
-    if verify_manifest(folder) is None:
+def verify_checkpoint(folder: Path) -> int:
+    """The step of a run's checkpoint in which every byte is what was written.
+
+    Raises:
+        PublishError: naming the file that is not.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise PublishError(f"{folder}: not a folder; give a step_N folder of a run's checkpoints")
+    try:
+        manifest = verify_manifest(folder)
+    except OSError as error:
+        raise PublishError(f"{error.filename or folder}: {error.strerror}") from error
+    if manifest is None:
         raise PublishError(f"{folder}: has no manifest.json; the checkpoint is not complete")
+    step = manifest.get("step")
+    if manifest.get("kind") != KIND or type(step) is not int or step < 0:
+        raise PublishError(f"{folder}: not a checkpoint of a training run; give a step_N folder")
+    return step
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
@@ -98,13 +107,11 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
     for step in saved_steps(run_dir):
         folder = step_dir(run_dir, step)
         try:
-            verify_checkpoint(folder)
+            if verify_checkpoint(folder) == step:
+                return folder, refused
+            refused.append(f"{folder}: {MANIFEST_NAME} says another step; rename the folder back")
         except PublishError as error:
             refused.append(str(error))
-        except OSError as error:
-            refused.append(f"{error.filename or folder}: {error.strerror}")
-        else:
-            return folder, refused
     return None, refused
 
 

@@ -28,7 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("collector", "forward", "student", "weight_sync", "evaluation"),
     ("teacher",),
     ("loss", "scoring"),
-    ("optimizer_state", "random_state", "run_folder", "run_identity"),
+    ("optimizer_state", "random_state", "run_folder", "run_resume", "run_identity"),
     ("trainer", "student_export"),
     ("run_checkpoint",),
     ("assembly", "dry_run"),
