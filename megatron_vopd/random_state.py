@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import struct
+from typing import Any
 
 import numpy as np
 import torch
@@ -31,8 +32,13 @@ def random_bytes() -> Tensor:
     return torch.cat([*parts, torch.get_rng_state(), *(t.cpu() for t in _device_states())])
 
 
+def _tracker() -> Any:
+    """megatron-core's, made by `parallel.student_groups`."""
+    return get_cuda_rng_tracker()
+
+
 def _device_states() -> list[Tensor]:
-    tracker = get_cuda_rng_tracker().get_states()
+    tracker = _tracker().get_states()
     own = [] if cpu_runtime.is_active() else [torch.cuda.get_rng_state()]
     return own + [tracker[name] for name in sorted(tracker)]
 
@@ -54,7 +60,7 @@ def restore_random_bytes(values: Tensor) -> None:
     *keys, position, numpy_has_gauss, cached = _NUMPY.unpack(numpy.numpy().tobytes())
     state = ("MT19937", np.array(keys, dtype=np.uint32), position, numpy_has_gauss, cached)
     np.random.set_state(state)
-    tracker = get_cuda_rng_tracker()
+    tracker = _tracker()
     if not cpu_runtime.is_active():
         torch.cuda.set_rng_state(rest.pop(0))
     tracker.set_states(dict(zip(sorted(tracker.get_states()), rest, strict=True)))

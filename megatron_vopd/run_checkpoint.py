@@ -232,4 +232,6 @@ def choose_resume(run_dir: Path, resume: str) -> Resume:
     Raises:
         UserError: on every rank.
     """
-    return in_step_all(lambda: choose(run_dir, resume) if dist.get_rank() == 0 else None)[0]
+    chosen = in_step_all(lambda: choose(run_dir, resume) if dist.get_rank() == 0 else None)[0]
+    assert chosen is not None
+    return chosen
