@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -25,12 +26,15 @@ from megatron_vopd.config.world import layouts
 from megatron_vopd.curriculum import build_curriculum
 from megatron_vopd.data import PromptTokenizer, TrainingPrompts, load_training_prompts
 from megatron_vopd.grading import Grader
+from megatron_vopd.hf_folder import read_model_folder
 from megatron_vopd.hf_mapping import LayerSpec
 from megatron_vopd.hub import local_model_folder
+from megatron_vopd.metrics_file import METRICS_NAME
 from megatron_vopd.model import ModelOptions
+from megatron_vopd.model_facts import ModelError
 from megatron_vopd.parallel import Groups, in_step, independent_groups, student_groups
 from megatron_vopd.preflight import preflight
-from megatron_vopd.problems import ConfigError, Problem
+from megatron_vopd.problems import ConfigError, Problem, shown
 from megatron_vopd.prompt_stream import PromptStream
 from megatron_vopd.responses import load_responses
 from megatron_vopd.rollout.choose import make_engine
@@ -45,10 +49,16 @@ from megatron_vopd.trainer import Trainer
 from megatron_vopd.types import Rollout
 from megatron_vopd.weight_sync import Probe, is_leader, make_probe, push
 
+Model = TypeVar("Model")
+
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Largest gap between engine and trainer on one token of the probe, nats, by what both compute in.
 _PROBE_TOLERANCES = {"fp32": 1e-4, "bf16": 0.3}
 _PROBE_LENGTH = 48
+_HEADER = "# The resolved configuration of a run of megatron_vopd.train.\n"
+# Ranks without an engine wait in a collective while a leader's engine starts (LocalSettings.
+# start_seconds) or answers (rollout.deadline_seconds), and a while longer for a busy machine.
+START_SECONDS, MARGIN_SECONDS = 600.0, 300.0
 
 
 @dataclass
@@ -69,6 +79,8 @@ class Run:
         """A line for the reader, on the rank that has the terminal."""
         if self.writer is not None:
             self.writer.say(text)
+        else:
+            _announce(self.config, text)
 
     def close(self) -> None:
         """End the engine and everything else that was started."""
@@ -114,17 +126,23 @@ class _Sink:
         self.writer.record(step, known | values)
 
 
+def longest_wait_seconds(config: Config) -> float:
+    """After which a rank that waits for the others says that one is gone."""
+    return max(config.rollout.deadline_seconds, START_SECONDS) + MARGIN_SECONDS
+
+
+def _announce(config: Config, text: str) -> None:
+    """A line of the start, before there is a writer; on a large model the next takes minutes."""
+    if dist.get_rank() == 0 and config.logging.console:
+        print(text, flush=True)
+
+
 def resolved_device(config: Config) -> str:
     """cpu or cuda; what is asked for and missing is an error."""
     asked, has_gpu = config.parallel.device, torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
-        raise ConfigError(
-            [
-                Problem(
-                    "parallel.device", "cuda", "a GPU that torch can use", "set parallel.device=cpu"
-                )
-            ]
-        )
+        remedy = "set parallel.device=cpu"
+        raise _refused("parallel.device", "cuda", "a GPU that torch can use", remedy)
     return asked if asked != "auto" else "cuda" if has_gpu else "cpu"
 
 
@@ -133,16 +151,8 @@ def resolved_layer_spec(config: Config, device: str) -> LayerSpec:
     has_te = device == "cuda" and importlib.util.find_spec("transformer_engine") is not None
     asked = config.parallel.backend
     if asked == "te" and not has_te:
-        raise ConfigError(
-            [
-                Problem(
-                    "parallel.backend",
-                    "te",
-                    "transformer_engine installed, and a GPU",
-                    "set parallel.backend=local",
-                )
-            ]
-        )
+        expected = "transformer_engine installed, and a GPU"
+        raise _refused("parallel.backend", "te", expected, "set parallel.backend=local")
     if asked != "auto":
         return cast(LayerSpec, asked)
     return "te" if has_te else "local"
@@ -153,6 +163,8 @@ def require_sound(config: Config) -> None:
     findings = preflight(config, dist.get_world_size())
     if findings.problems:
         raise ConfigError(findings.problems)
+    for notice in findings.notices:
+        _announce(config, f"note: {notice}")
 
 
 def assemble(config: Config, device: str, engine: Engine | None = None) -> Run:
@@ -180,10 +192,11 @@ def _assembled(
 ) -> Run:
     student_dir = in_step(lambda: local_model_folder(config.student.path, "student.path"))
     ends = in_step(lambda: stop_ids(config))
-    settings = step_settings(config, ends, run_dir / "skipped")
+    settings = step_settings(config, ends, run_dir / "skipped" if stand_in is None else None)
     tokenizer = in_step(lambda: PromptTokenizer.of(config.student))
+    # Before the models, which take longer: a mistake in the data is told soon.
+    sources = in_step(lambda: _sources(config, tokenizer, ends, student_dir))
     student, teachers = _models(config, device, student_dir)
-    sources = in_step(lambda: _sources(config, tokenizer, ends, student))
     vocab_size = min(model.facts.vocab_size for model in (student, *teachers.values()))
     engine, pusher = stand_in, None
     if settings.num_asked and stand_in is None:
@@ -220,25 +233,31 @@ def _prepare_folder(run_dir: Path, config: Config) -> None:
     """The run folder with its resolved configuration; an earlier run's results are not mixed in."""
     if dist.get_rank() != 0:
         return
-    if (run_dir / "metrics.jsonl").exists():
-        raise ConfigError(
-            [
-                Problem(
-                    "run.name",
-                    f"{run_dir}, which holds a run already",
-                    "a folder without metrics.jsonl",
-                    "choose another run.name or run.dir, or remove the folder",
-                )
-            ]
-        )
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "config.yaml").write_text(resolved_yaml(config), encoding="utf-8")
+    remedy = "choose another run.name or run.dir"
+    metrics, own = run_dir / METRICS_NAME, run_dir / "config.yaml"
+    try:
+        if metrics.exists() and metrics.stat().st_size:
+            got, expected = "holds a run already", f"a folder without {METRICS_NAME}"
+            raise _refused("run.name", f"{run_dir}, which {got}", expected, f"{remedy}, or move it")
+        if own.exists() and _HEADER not in own.read_text("utf-8", "replace"):
+            got = f"{own}, which is not of a run"
+            raise _refused("run.name", got, "a folder for this run alone", remedy)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        own.write_text(_HEADER + resolved_yaml(config), encoding="utf-8")
+    except OSError as error:
+        got = f"{error.filename} ({error.strerror})"
+        raise _refused("run.dir", got, "a folder that can be written", remedy) from None
+
+
+def _refused(key: str, got: str, expected: str, remedy: str) -> ConfigError:
+    return ConfigError([Problem(key, got, expected, remedy)])
 
 
 def _models(config: Config, device: str, student_dir: str) -> tuple[Student, dict[str, Teacher]]:
     """The student, then the teachers in the order of the configuration, on every rank."""
     cuts = layouts(config, dist.get_world_size())
     spec: LayerSpec = in_step(lambda: resolved_layer_spec(config, device))
+    _announce(config, f"student: loading {config.student.path} ({cuts['student']})")
     groups = student_groups(cuts["student"], config.run.seed)
     options = ModelOptions(
         _DTYPES[config.student.dtype],
@@ -247,12 +266,15 @@ def _models(config: Config, device: str, student_dir: str) -> tuple[Student, dic
         config.parallel.sequence_parallel,
         config.student.recompute,
     )
-    student = in_step(
-        lambda: load_student(student_dir, groups, options, config.optimizer, config.train.steps)
-    )
+
+    def load() -> Student:
+        return load_student(student_dir, groups, options, config.optimizer, config.train.steps)
+
+    student = in_step(lambda: _loaded("student", student_dir, load))
     teachers: dict[str, Teacher] = {}
     if config.scores_with_teacher:
         for key, section in config.named_teachers.items():
+            _announce(config, f"{key}: loading {section.path} ({cuts[key]})")
             own = independent_groups(cuts[key])
             teachers[key] = _teacher(key, section, own, student)
     return student, teachers
@@ -263,9 +285,20 @@ def _teacher(key: str, section: TeacherSection, groups: Groups, student: Student
     options = ModelOptions(
         _DTYPES[section.dtype], student.options.device, student.options.layer_spec, trained=False
     )
-    return in_step(
-        lambda: Teacher(folder, groups, student.facts, student.groups, options, section.offload)
-    )
+
+    def load() -> Teacher:
+        return Teacher(folder, groups, student.facts, student.groups, options, section.offload)
+
+    return in_step(lambda: _loaded(key, folder, load))
+
+
+def _loaded(key: str, folder: str, load: Callable[[], Model]) -> Model:
+    """The model; what is wrong with its folder is told by the setting that names it."""
+    try:
+        return load()
+    except ModelError as error:
+        expected = "a model folder with all its weights"
+        raise _refused(f"{key}.path", shown(folder), expected, str(error)) from None
 
 
 @dataclass(frozen=True)
@@ -275,19 +308,23 @@ class _Sources:
 
 
 def _sources(
-    config: Config, tokenizer: PromptTokenizer, ends: tuple[int, ...], student: Student
+    config: Config, tokenizer: PromptTokenizer, ends: tuple[int, ...], student_dir: str
 ) -> _Sources:
     """Prompts to answer, and ready responses, as far as the objective's prefixes need them."""
     responses, asks = None, "student" in config.objective.prefix_fractions
     if set(config.objective.prefix_fractions) - {"student"}:
-        context = min(student.facts.max_positions, config.train.max_tokens_per_microbatch)
+        longest = read_model_folder(student_dir).facts.max_positions
+        context = min(longest, config.train.max_tokens_per_microbatch)
         ready = load_responses(config, tokenizer, ends, context)
         responses = PromptStream(ready.rollouts, config.run.seed)
         if not asks and config.data.train is None:
             given = [rollout.prompt for rollout in ready.rollouts]
             unused = TrainingPrompts(PromptStream(given, config.run.seed), [], 0)
             return _Sources(unused, responses)
-    return _Sources(load_training_prompts(config, tokenizer), responses)
+    prompts = load_training_prompts(config, tokenizer)
+    counts = f"{len(prompts.stream)} prompts, {prompts.num_too_long} left out as too long"
+    _announce(config, f"data: {counts}, {len(prompts.held_out)} held out")
+    return _Sources(prompts, responses)
 
 
 def _engine(

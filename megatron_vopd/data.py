@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 _BATCH = 1000
+_COPY_TOKENIZER = "copy the tokenizer files of the model into its folder"
 _MAX_TEMPLATE_BYTES = 2**20
 
 
@@ -60,8 +61,12 @@ class PromptTokenizer:
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             got = f"no usable tokenizer ({shown(str(error))})"
-            remedy = "copy the tokenizer files of the model into its folder"
+            remedy = _COPY_TOKENIZER
             raise DataError("student.path", got, "a model with a fast tokenizer", remedy) from None
+        # What transformers makes of a folder without tokenizer.json.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            got, expected = "an empty tokenizer", "a model with its tokenizer"
+            raise DataError("student.path", got, expected, _COPY_TOKENIZER)
         template = _template(student.chat_template, tokenizer)
         return cls(tokenizer, template, student.thinking)
 
@@ -190,7 +195,8 @@ def load_prompts(
                 prompts.append(Prompt(record.name, ids, answer, teacher_of(record, config)))
     if not prompts:
         longest = config.data.max_prompt_tokens
-        got = f"{num_records} records, all longer than {longest} tokens" if num_records else "none"
+        got = f"{num_records or 'no'} records"
+        got += f", all longer than {longest} tokens" if num_records else ""
         remedy = "raise data.max_prompt_tokens" if num_records else "give a file with records"
         raise DataError(key, got, "at least one prompt", remedy)
     return Prompts(prompts, num_records - len(prompts))

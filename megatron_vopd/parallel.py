@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
 T = TypeVar("T")
+TOLD_KEY, TELL_SECONDS = "megatron_vopd/told", 5.0
 
 # Every group that megatron-core's models, schedules, gradient reduction and checkpoints ask for,
 # with the axes along which its members differ. `edp` is the data parallelism of the experts.
@@ -254,6 +255,19 @@ def broadcast_from_position(
     if group.size() > 1:
         dist.broadcast(tensor, group=group, group_src=position)
     return tensor
+
+
+def is_first_to_tell() -> bool:
+    """True for the first rank of the world that asks: it speaks for all. No rank waits for another.
+
+    An 8-byte counter in the store through which the ranks met; without the store every rank speaks.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.set_timeout(datetime.timedelta(seconds=TELL_SECONDS))
+        return store.add(TOLD_KEY, 1) == 1
+    except RuntimeError:
+        return True
 
 
 def sum_over_world(values: torch.Tensor) -> torch.Tensor:

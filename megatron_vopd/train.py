@@ -1,7 +1,8 @@
 """`torchrun -m megatron_vopd.train CONFIG`: a run from its configuration to the exported student.
 
-Every rank runs `main`. A mistake of the user is one line on rank 0 and exit status 2; a failure of
-the run (an engine, a lost rank, too many skipped steps) is one line and exit status 1.
+Every rank runs `main`. A mistake of the user is one line and exit status 2; a failure of the run
+(an engine, a lost rank, a full disk, too many skipped steps) is one line and exit status 1. The
+first rank that knows says it, and the others keep silent.
 """
 
 from __future__ import annotations
@@ -14,22 +15,30 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+if __name__ == "__main__":
+    # Before the imports: megatron-core and torch report each fallback of a machine without GPU or
+    # TransformerEngine, on every rank.
+    warnings.filterwarnings("ignore")
+
+import torch
 import torch.distributed as dist
 
-from megatron_vopd.assembly import Run, assemble, resolved_device
+from megatron_vopd.assembly import Run, assemble, longest_wait_seconds, resolved_device
 from megatron_vopd.config import Config, load_config
 from megatron_vopd.dry_run import RandomEngine, at_full_length
 from megatron_vopd.grading import GradingError
 from megatron_vopd.guard import SkipLimitError
 from megatron_vopd.hf_folder import read_model_folder
 from megatron_vopd.hub import local_model_folder
-from megatron_vopd.parallel import in_step, in_step_all, init_world
+from megatron_vopd.parallel import in_step, in_step_all, init_world, is_first_to_tell
 from megatron_vopd.rollout.engine import EngineError
 from megatron_vopd.student_export import export_student
 from megatron_vopd.types import UserError
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-LOST_RANK = ("Connection closed by peer", "Connection reset by peer", "Timed out", "timed out")
+# What gloo, nccl and the store say when a rank does not take part.
+LOST_RANK = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe")
+LOST_RANK += ("Timed out", "timed out", "Timeout", "timeout")
 
 _EXAMPLES = """\
 examples:
@@ -43,25 +52,37 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as configured; returns the exit status."""
     options = _parser().parse_args(arguments)
-    # megatron-core and torch report the fallbacks of a machine without GPU one by one, per rank.
-    warnings.filterwarnings("ignore")
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
+        return _status(options)
+    except KeyboardInterrupt:  # also while another error was being handled
+        return _ended(INTERRUPTED, "interrupted; what was recorded is in the run folder")
+
+
+def _status(options: argparse.Namespace) -> int:
+    """The exit status of the run; every error that a user can meet is told in one line."""
+    try:
+        _require_torchrun()
         config = load_config(options.config, options.overrides)
         device = resolved_device(config)
-        _require_torchrun()
-        init_world(device)
+        init_world(device, longest_wait_seconds(config))
         return _dry_run(config, device) if options.dry_run else _train(config, device)
     except UserError as error:
         return _ended(MISTAKE, str(error))
     except (EngineError, SkipLimitError, GradingError) as error:
         return _ended(FAILED, f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        return _ended(INTERRUPTED, "interrupted; what was recorded is in the run folder")
+    except OSError as error:
+        where = "" if error.filename is None else f"{error.filename}: "
+        return _ended(FAILED, f"rank {_rank()}: {where}{error.strerror or error}; check the disk")
+    except torch.OutOfMemoryError as error:
+        remedy = "lower train.max_tokens_per_microbatch, or cut the models into more parts"
+        return _ended(FAILED, f"rank {_rank()}: {_first_line(error)}; {remedy}")
     except RuntimeError as error:
         if not any(text in str(error) for text in LOST_RANK):
             raise
-        return _lost_rank(error)
+        seen = f"rank {_rank()}: another rank is gone or hangs ({_first_line(error)})"
+        return _ended(FAILED, f"{seen}; torchrun names the first that failed")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -88,6 +109,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _interrupt(*_: Any) -> None:
+    """Once: what is being closed then must not be interrupted by a second signal."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
 
 
@@ -104,6 +128,7 @@ def _train(config: Config, device: str) -> int:
     run = assemble(config, device)
     try:
         if run.pusher is not None:
+            run.say(f"engines: starting (logs: {run.run_dir / 'engines'})")
             run.pusher(run.trainer.policy_version)
         run.trainer.fit(config.train.steps)
         if config.checkpoint.export_hf:
@@ -151,19 +176,17 @@ def _rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0][:200]
+
+
 def _ended(status: int, line: str) -> int:
-    """The line, once: an error that concerns all ranks was raised on all of them."""
-    if _rank() == 0:
+    """The line, by the first rank that knows; before they have met, by the first of each node."""
+    meets = dist.is_initialized()
+    if is_first_to_tell() if meets else os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stdout.flush()
         print(line, file=sys.stderr, flush=True)
     return status
-
-
-def _lost_rank(error: RuntimeError) -> int:
-    """A collective that another rank did not take part in: that one's own words say why."""
-    first = str(error).strip().splitlines()[0][:200]
-    print(f"rank {_rank()}: another rank is gone or hangs ({first})", file=sys.stderr, flush=True)
-    return FAILED
 
 
 if __name__ == "__main__":
