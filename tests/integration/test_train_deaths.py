@@ -19,11 +19,9 @@ from typing import Any
 
 import pytest
 
-from tests.integration.engines import needs_vllm
 from tests.integration.runs import (
     command,
     environment,
-    save_model,
     save_run,
     started,
     without_engine,
