@@ -14,7 +14,7 @@ import datetime
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -99,7 +99,8 @@ def init_world(device: str, timeout_seconds: float = 600.0) -> None:
 
     Args:
         device: "cpu" or "cuda"; "cpu" also activates the CPU runtime.
-        timeout_seconds: longest wait of any collective before it is an error.
+        timeout_seconds: longest wait of any collective, of any group made later too, before it is
+            an error.
     """
     if device == "cpu":
         cpu_runtime.activate()
@@ -193,6 +194,7 @@ def student_groups(layout: Layout, seed: int = 0) -> Groups:
         context_parallel_size=layout.cp,
         expert_model_parallel_size=layout.ep,
         expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=cast(int, _world_timeout() / datetime.timedelta(minutes=1)),
     )
     model_parallel_cuda_manual_seed(seed)
     collection = ProcessGroupCollection.use_mpu_process_groups(
@@ -290,9 +292,16 @@ def join_slices(whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
 
 def _own_group(members: list[list[int]]) -> dist.ProcessGroup:
     """Create one group per list (every rank must call with the same lists); return this rank's."""
-    own, _ = dist.new_subgroups_by_enumeration(members)
+    own, _ = dist.new_subgroups_by_enumeration(members, timeout=_world_timeout())
     assert isinstance(own, dist.ProcessGroup), f"rank {dist.get_rank()} is in none of {members}"
     return own
+
+
+def _world_timeout() -> datetime.timedelta:
+    """Of the world's collectives; torch would give a new group half an hour whatever they have."""
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    world = cast(Any, dist.group.WORLD)
+    return world._get_backend(device).options._timeout
 
 
 def _frozen(layout: Layout, collection: ProcessGroupCollection) -> Groups:

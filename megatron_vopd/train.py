@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import signal
 import sys
 import warnings
@@ -177,7 +178,8 @@ def _rank() -> int:
 
 
 def _first_line(error: Exception) -> str:
-    return str(error).strip().partition("\n")[0][:200]
+    """Without the place in torch's sources that gloo's and nccl's messages begin with."""
+    return re.sub(r"^\[[^]]*\] ?", "", str(error).strip().partition("\n")[0]).split(". ")[0][:200]
 
 
 def _ended(status: int, line: str) -> int:

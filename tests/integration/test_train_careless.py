@@ -1,6 +1,6 @@
 """Careless uses of the training command: one clear line, an exit status, and nothing lost.
 
-Two ranks live through all of them, by calling the command's `main`. Deaths are in test_train_deaths.
+Two ranks live through all of them by calling the command's `main`; deaths are in test_train_deaths.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from tests.integration.runs import (
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 MISTAKE, FAILED = 2, 1
+needs_engine = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM: make engine")
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +136,48 @@ def test_without_torchrun(root: Path) -> None:
     )
     assert run.returncode == MISTAKE and run.stdout == ""
     assert run.stderr.count("\n") == 1 and "torchrun --nproc-per-node" in run.stderr
+
+
+def _engines(launcher: subprocess.Popen) -> list[int]:
+    """Process ids of the hosts of running engines."""
+    found = []
+    for rank in _ranks(launcher):
+        for keeper in Path(f"/proc/{rank}/task/{rank}/children").read_text().split():
+            found += Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+    return [int(pid) for pid in found]
+
+
+@needs_engine
+def test_engine_killed(root: Path) -> None:
+    """The responses are sampled again: the run ends as if nothing had happened."""
+    runs = {}
+    for name in ("undisturbed", "killed"):
+        overrides = ["train.steps=4", f"run.name={name}", "checkpoint.export_hf=false"]
+        arguments = command(1, str(root / "config.yaml"), *overrides)
+        folder = root / f"launch_{name}"
+        with started(folder, *arguments) as launcher:
+            _wait(lambda name=name: _steps(root, name), "the first step", launcher, 200)
+            if name == "killed":
+                (host,) = _engines(launcher)
+                os.kill(host, signal.SIGKILL)
+            assert launcher.wait(timeout=200) == 0, (folder / "err").read_text()
+        lines = (root / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        runs[name] = [json.loads(line) for line in lines]
+    keys = ("step", "loss/mean", "reward/mean", "optim/grad_norm", "rollout/length_mean")
+    kept = {name: [[line[key] for key in keys] for line in run] for name, run in runs.items()}
+    assert kept["killed"] == kept["undisturbed"]
+    print([line["weight_sync/attempts"] for line in runs["killed"]])
+
+
+@needs_engine
+def test_engine_that_cannot_start(root: Path) -> None:
+    """vLLM's attention on CPU takes no heads of 24; and a fixed configuration starts at once."""
+    path = save_model(root, "narrow", 0, head_dim=24)
+    folder = root / "launch_narrow"
+    overrides = [f"student.path={path}", "run.name=narrow"]
+    with started(folder, *command(1, str(root / "config.yaml"), *overrides)) as launcher:
+        assert launcher.wait(timeout=240) == FAILED
+    lines = _own_lines(folder)
+    print(lines)
+    assert len(lines) == 1 and "engine, load: " in lines[0] and "engine_0.log" in lines[0]
+    assert _steps(root, "narrow") == []
