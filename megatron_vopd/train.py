@@ -33,7 +33,8 @@ from megatron_vopd.hf_folder import read_model_folder
 from megatron_vopd.hub import local_model_folder
 from megatron_vopd.parallel import in_step, in_step_all, init_world, is_first_to_tell
 from megatron_vopd.rollout.engine import EngineError
-from megatron_vopd.student_export import export_student
+from megatron_vopd.run_loop import ending_noted, train
+from megatron_vopd.stopping import StopFlag
 from megatron_vopd.types import UserError
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -126,16 +127,15 @@ def _require_torchrun() -> None:
 
 
 def _train(config: Config, device: str) -> int:
-    run = assemble(config, device)
+    stop = StopFlag(device)
+    run = assemble(config, device, stop=stop)
     try:
-        if run.pusher is not None:
-            run.say(f"engines: starting (logs: {run.run_dir / 'engines'})")
-            run.pusher(run.trainer.policy_version)
-        run.trainer.fit(config.train.steps)
-        if config.checkpoint.export_hf:
-            folder = run.run_dir / "hf" / f"step_{run.trainer.step}"
-            export_student(run.student, run.student_dir, folder)
-            run.say(f"the student is in {folder}")
+        with ending_noted(run) as reasons:
+            if run.pusher is not None:
+                run.say(f"engines: starting (logs: {run.run_dir / 'engines'})")
+                run.pusher(run.trainer.policy_version)
+            stop.listen()
+            reasons.append(train(run))
     finally:
         run.close()
     return in_step(lambda: OK)

@@ -25,13 +25,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("grading_worker", "grading", "final_answer", "responses"),
     ("model_source", "checkpoint_model", "hf_import", "hf_export", "conversion_check"),
     ("settings", "sharing", "guard"),
+    ("stopping",),
     ("collector", "forward", "student", "weight_sync", "evaluation"),
     ("teacher",),
     ("loss", "scoring"),
     ("optimizer_state", "random_state", "run_folder", "run_resume", "run_identity"),
     ("trainer", "student_export"),
     ("run_checkpoint",),
+    ("run_start",),
     ("assembly", "dry_run"),
+    ("run_loop",),
     ("train", "cli", "tool_cli"),
 )
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS) for module in modules}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -20,9 +21,11 @@ from typing import Any
 
 import pytest
 
+from megatron_vopd.metrics_file import METRICS_NAME, read_metrics
 from tests.integration.runs import (
     command,
     environment,
+    save_model,
     save_run,
     started,
     without_engine,
@@ -41,11 +44,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _own_lines(folder: Path) -> list[str]:
-    """Standard error without torchrun's report, which begins with the launcher's own log lines."""
+    """Standard error without torchrun's report: its log lines, and a traceback of its own."""
     lines = (folder / "err").read_text().splitlines()
-    ends = [i for i, line in enumerate(lines) if "torch/distributed/elastic" in line]
-    ours = [line for line in lines[: min(ends, default=len(lines))] if line]
-    return [line for line in ours if not line.startswith(("W", "E")) or "elastic" not in line]
+    assert not [line for line in lines if "megatron_vopd/" in line and ".py" in line], lines
+    ends = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
+    ours = lines[: min(ends, default=len(lines))]
+    return [line for line in ours if line and not re.match(r"[WE]\d{4} ", line)]
 
 
 def _wait(until: Callable[[], Any], what: str, process: subprocess.Popen, seconds: float) -> Any:
@@ -124,6 +128,23 @@ def test_deaths(way: str, root: Path, running: Any) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     steps = _steps(root, name)
     assert steps == list(range(1, len(steps) + 1))
+
+
+def test_full_disk(root: Path) -> None:
+    """A limit on the size of files stands for the disk; what was recorded before can be read."""
+    folder = root / "launch_full"
+    overrides = [*without_engine(root), "train.steps=1000", "run.name=full"]
+    overrides.append("logging.tensorboard=false")
+    limited = ["bash", "-c", 'ulimit -f 12; exec "$@"', "limited"]
+    arguments = command(2, str(root / "config.yaml"), *overrides)
+    with started(folder, *limited, *arguments) as launcher:
+        assert launcher.wait(timeout=240) == FAILED
+    lines = _own_lines(folder)
+    print(lines)
+    assert len(lines) == 1 and "metrics.jsonl" in lines[0] and "free space" in lines[0]
+    recorded = read_metrics(root / "runs" / "full" / METRICS_NAME).lines
+    assert [line["step"] for line in recorded] == list(range(1, len(recorded) + 1))
+    assert len(recorded) > 2
 
 
 def test_without_torchrun(root: Path) -> None:
