@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch.distributed as dist
@@ -78,31 +79,41 @@ def _remove_exports(run_dir: Path, newest: int) -> None:
             shutil.rmtree(path)
 
 
-@contextmanager
-def ending_noted(run: Run) -> Iterator[list[Reason]]:
-    """Write `status.json` (rule R8) on rank 0 when the block ends, however it does.
+@dataclass
+class Ending:
+    """What `status.json` will say; filled by the block of `ending_noted` as it gets on."""
 
-    Yields:
-        a list to put the reason into.
-    """
-    reasons: list[Reason] = []
+    run_dir: Path
+    run: Run | None = None
+    reason: Reason = "crash"
+
+
+@contextmanager
+def ending_noted(run_dir: Path) -> Iterator[Ending]:
+    """Write `status.json` (rule R8) on rank 0 when the block ends, however it does."""
+    ending = Ending(run_dir)
     try:
-        yield reasons
+        yield ending
     except BaseException as error:
         final = isinstance(error, (UserError, SkipLimitError, GradingError))
-        _note(run, "do not requeue" if final else "crash", f"{type(error).__name__}: {error}")
+        ending.reason = "do not requeue" if final else "crash"
+        _note(ending, f"{type(error).__name__}: {error}")
         raise
-    _note(run, reasons[-1] if reasons else "crash", "")
+    _note(ending, "")
 
 
-def _note(run: Run, reason: Reason, message: str) -> None:
+def _note(ending: Ending, message: str) -> None:
     if dist.get_rank() != 0:
         return
-    step = run.trainer.step
-    names = [f"step_{saved}" for saved in saved_steps(run.run_dir) if saved <= step]
-    last_checkpoint = names[0] if names else None
-    requeue = reason in ("preempted", "crash")
+    steps = saved_steps(ending.run_dir)
+    if ending.run is not None:
+        made = ending.run.trainer.step
+        steps = [saved for saved in steps if saved <= made]
+    else:
+        made = steps[0] if steps else 0
+    last_checkpoint = f"step_{steps[0]}" if steps else None
+    requeue = ending.reason in ("preempted", "crash")
     line = message.strip().partition("\n")[0].encode("ascii", "backslashreplace").decode()[:500]
-    # A full disk is no reason to hide what ended the run.
+    # Where nothing can be written, what ended the run is still told by the exception.
     with suppress(OSError, UserError):
-        write_status(run.run_dir, Status(reason, step, last_checkpoint, requeue, line))
+        write_status(ending.run_dir, Status(ending.reason, made, last_checkpoint, requeue, line))

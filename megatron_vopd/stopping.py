@@ -33,7 +33,7 @@ class StopFlag:
         self._may_raise = False
 
     def listen(self) -> None:
-        """From here on signals set the flag, instead of what they did; a second one adds nothing."""
+        """From here on signals set the flag; a second one adds nothing."""
         assert threading.current_thread() is threading.main_thread()
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._asked)

@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -128,16 +129,16 @@ def _require_torchrun() -> None:
 
 def _train(config: Config, device: str) -> int:
     stop = StopFlag(device)
-    run = assemble(config, device, stop=stop)
-    try:
-        with ending_noted(run) as reasons:
+    with ending_noted(Path(config.run.dir) / config.run.name) as ending:
+        run = ending.run = assemble(config, device, stop=stop)
+        try:
             if run.pusher is not None:
                 run.say(f"engines: starting (logs: {run.run_dir / 'engines'})")
                 run.pusher(run.trainer.policy_version)
             stop.listen()
-            reasons.append(train(run))
-    finally:
-        run.close()
+            ending.reason = train(run)
+        finally:
+            run.close()
     return in_step(lambda: OK)
 
 

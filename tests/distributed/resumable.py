@@ -20,6 +20,7 @@ from megatron_vopd.random_state import random_bytes
 from megatron_vopd.rollout.scripted import ScriptedEngine
 from megatron_vopd.run_checkpoint import RunCheckpoints
 from megatron_vopd.settings import StepSettings
+from megatron_vopd.stopping import StopFlag
 from megatron_vopd.student import Student
 from megatron_vopd.trainer import Trainer
 from megatron_vopd.types import Prompt
@@ -42,7 +43,13 @@ class Made:
 
 
 def make(
-    setup: Setup, run_dir: Path, keep: int = 2, staleness: int = 0, changes: Any = None
+    setup: Setup,
+    run_dir: Path,
+    keep: int = 2,
+    staleness: int = 0,
+    changes: Any = None,
+    stop: StopFlag | None = None,
+    engine: ScriptedEngine | None = None,
 ) -> Made:
     """Build a run of `setup.case.layout`; the layout before it is given up.
 
@@ -52,7 +59,7 @@ def make(
     destroy_groups()
     groups = student_groups(setup.case.layout)
     student = setup.student(groups)
-    engine = ScriptedEngine(VOCAB)
+    engine = engine or ScriptedEngine(VOCAB)
     engine.update_weights([], 0)
     at = groups.coordinates
     own = engine if (at.tp, at.cp, at.pp) == (0, 0, 0) else None
@@ -68,10 +75,11 @@ def make(
         engine.update_weights([], policy_version)
 
     stream = PromptStream(PROMPTS, seed=3)
-    collector = RolloutCollector(groups, own, stream, settings, VOCAB, "cpu", push=push)
+    collector = RolloutCollector(groups, own, stream, settings, VOCAB, "cpu", push=push, stop=stop)
     curriculum = EntropyGatedLength((6, 9, 12), interval=2)
+    teachers, held_out = setup.teachers(student), PROMPTS[:2]
     trainer = Trainer(
-        student, setup.teachers(student), collector, curriculum, settings, held_out=PROMPTS[:2]
+        student, teachers, collector, curriculum, settings, held_out=held_out, stop=stop
     )
     said: list[str] = []
     known = {"config": {}, "model": asdict(student.facts), "teachers": {"teacher": "x"}}

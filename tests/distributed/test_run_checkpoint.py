@@ -5,15 +5,23 @@ Also what a resume refuses, by name, and what the run folder may look like.
 
 from __future__ import annotations
 
+import os
+import signal
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_vopd.parallel import init_world
-from megatron_vopd.types import Layout
+from megatron_vopd.rollout.engine import Sampling
+from megatron_vopd.rollout.scripted import ScriptedEngine
+from megatron_vopd.stopping import StopFlag
+from megatron_vopd.trainer import PHASES
+from megatron_vopd.types import Layout, Rollout, UserError
 from tests.distributed.harness import spawn
 from tests.distributed.layouts import Case
 from tests.distributed.resumable import VOCAB, Made, make, raw_state, resume_engine, whole_state
@@ -154,3 +162,131 @@ def test_no_bit_changes_over_layouts_and_optimizers(setup: Setup, tmp_path: Path
             assert changed == [0] * 4
             assert all(other.keys() == first.keys() for other in others)
             assert len({first[key] for key in first if key.startswith("exp_avg_sq")}) > 20
+
+
+class Counting(StopFlag):
+    """Asks rank 1 to stop at the n-th look of all ranks."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self._left = at
+
+    def anywhere(self) -> bool:
+        self._left -= 1
+        if self._left <= 0 and dist.get_rank() == 1:
+            self.is_set = True
+        return super().anywhere()
+
+
+class Terminated(ScriptedEngine):
+    """Sends this process a SIGTERM in a generation, which then takes ten minutes."""
+
+    def generate(self, prompts: Any, sampling: Sampling, progress: Any = None) -> list[Rollout]:
+        if self.policy_version == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(600)
+        return super().generate(prompts, sampling, progress)
+
+
+# A step has five phases in which a request to stop is heard, of which the curriculum's is the first.
+STOPS = {f"{name} of step 4": 16 + i for i, name in enumerate(["curriculum", *PHASES[:4]])}
+
+
+def _stopped(setup: Setup, root: Path, stop: StopFlag, engine: Any, staleness: int) -> Any:
+    """Stopped in the middle of a step, saved, resumed by another process: as if undisturbed."""
+    whole = make(setup, root / "whole", staleness=staleness)
+    _trained(whole, 6)
+    expected = raw_state(whole)
+    first = make(setup, root / "run", staleness=staleness, stop=stop, engine=engine)
+    first.trainer.fit(6)
+    asked = time.perf_counter()
+    folder = first.checkpoints.save()
+    seconds = time.perf_counter() - asked
+    second = make(setup, root / "run", staleness=staleness)
+    second.checkpoints.load(folder)
+    resume_engine(second)
+    start = second.trainer.step
+    _trained(second, 6)
+    found = raw_state(second)
+    return start, [key for key in expected if expected[key] != found.get(key)], seconds
+
+
+def _all_stops(setup: Setup, root: Path) -> dict[str, Any]:
+    init_world("cpu")
+    own = cut(setup, LAYOUTS["dp2"], distributed=True)
+    found = {
+        name: _stopped(own, root / str(at), Counting(at), None, at % 2)
+        for name, at in STOPS.items()
+    }
+    listening = StopFlag()
+    listening.listen()
+    started = time.perf_counter()
+    engine = Terminated(VOCAB) if dist.get_rank() == 0 else None
+    found["generation"] = _stopped(own, root / "signal", listening, engine, 0)
+    assert time.perf_counter() - started < 120
+    return found
+
+
+def test_a_stop_in_any_phase_loses_nothing(setup: Setup, tmp_path: Path) -> None:
+    """T1: heard by all ranks at once; the last whole step is saved, and gone on from exactly."""
+    for rank in spawn(_all_stops, 2, setup, tmp_path):
+        for name, (start, different, seconds) in rank.items():
+            print(f"{name}: saved after step {start} in {seconds:.1f} s")
+            assert start == 3, name
+            assert not different, name
+            assert seconds < 30
+
+
+def _refusals(setup: Setup, other_dirs: dict[str, str], root: Path) -> dict[str, str]:
+    """What a resume with another model, teacher or configuration is told."""
+    init_world("cpu")
+    own = cut(setup, LAYOUTS["tp2"])
+    folder = make(own, root / "run").checkpoints.save()
+    found = {}
+
+    def refused(name: str, made: Made) -> None:
+        before = raw_state(made)
+        with pytest.raises(UserError) as caught:
+            made.checkpoints.load(folder)
+        assert raw_state(made) == before, "a refused resume changed something"
+        found[name] = str(caught.value)
+
+    for name, path in other_dirs.items():
+        refused(name, make(replace(own, student_dir=path), root / "run"))
+    for name, changes in {
+        "teacher": {"teachers": {"teacher": "y"}},
+        "no teacher": {"teachers": {}},
+        "another teacher": {"teachers": {"teacher": "x", "teachers.math": "y"}},
+        "setting": {"config": {"optimizer.beta1": 0.8}},
+    }.items():
+        refused(name, make(own, root / "run", changes=changes))
+    refused("type", make(replace(own, dtype=torch.bfloat16), root / "run"))
+    return found
+
+
+def test_another_model_teacher_or_setting_is_refused_by_name(setup: Setup, tmp_path: Path) -> None:
+    """C7."""
+    others = {
+        "layers": TinyModel("qwen3", True, VOCAB, overrides=(("num_hidden_layers", 1),)),
+        "vocabulary": TinyModel("qwen3", True, 63, overrides=(("num_hidden_layers", 2),)),
+        "tied": TinyModel("qwen3", False, VOCAB, overrides=(("num_hidden_layers", 2),)),
+        "shape": TinyModel(
+            "qwen3", True, VOCAB, overrides=(("num_hidden_layers", 2), ("hidden_size", 32))
+        ),
+    }
+    dirs = {name: str(model.save(tmp_path / name)) for name, model in others.items()}
+    expected = {
+        "layers": "num_layers=1",
+        "vocabulary": "vocab_size=63",
+        "tied": "tied",
+        "shape": "hidden_size=32",
+        "teacher": "teacher.path: got other weights",
+        "no teacher": "teacher.path",
+        "another teacher": "teachers.math.path: got a teacher of that name",
+        "setting": "optimizer.beta1: got 0.8",
+        "type": "is float32, expected bfloat16",
+    }
+    for rank in spawn(_refusals, 2, setup, dirs, tmp_path):
+        assert rank.keys() == expected.keys()
+        for name, words in expected.items():
+            assert words in rank[name], (name, rank[name])
