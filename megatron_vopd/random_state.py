@@ -21,6 +21,13 @@ _PYTHON = struct.Struct("<625I?d")
 _NUMPY = struct.Struct("<624IIId")
 
 
+def seed_random_states(seed: int) -> None:
+    """Python's, numpy's and torch's; without it two starts of one run would differ in them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+
+
 def random_bytes() -> Tensor:
     """uint8 [n], n the same on every rank."""
     version, words, gauss = random.getstate()

@@ -19,6 +19,7 @@ from megatron_vopd.model_facts import ModelFacts
 from megatron_vopd.parallel import in_step, in_step_all
 from megatron_vopd.problems import ConfigError, Problem
 from megatron_vopd.publish_together import on_rank_0
+from megatron_vopd.random_state import seed_random_states
 from megatron_vopd.run_checkpoint import choose_resume
 from megatron_vopd.run_folder import STATUS_NAME
 from megatron_vopd.run_identity import identity
@@ -28,7 +29,7 @@ _HEADER = "# The resolved configuration of a run of megatron_vopd.train.\n"
 
 
 def begin(run_dir: Path, config: Config) -> Resume:
-    """Choose what to go on from and make the folder. Every rank of the world calls it.
+    """Choose what to go on from, make the folder, seed. Every rank of the world calls it.
 
     Raises:
         UserError: on every rank: nothing to go on from where there should be, another run's
@@ -36,6 +37,7 @@ def begin(run_dir: Path, config: Config) -> Resume:
     """
     resume = choose_resume(run_dir, config.checkpoint.resume)
     in_step(lambda: on_rank_0(lambda: _make_folder(run_dir)))
+    seed_random_states(config.run.seed)
     return resume
 
 

@@ -188,7 +188,7 @@ class Terminated(ScriptedEngine):
         return super().generate(prompts, sampling, progress)
 
 
-# A step has five phases in which a request to stop is heard, of which the curriculum's is the first.
+# A step has five phases in which a request to stop is heard; the curriculum's is the first.
 STOPS = {f"{name} of step 4": 16 + i for i, name in enumerate(["curriculum", *PHASES[:4]])}
 
 

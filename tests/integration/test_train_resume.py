@@ -1,4 +1,4 @@
-"""The training command killed and started again: the same bits as an undisturbed run (T1, T4, T8)."""
+"""The training command killed and started again: the bits of an undisturbed run (T1, T4, T8)."""
 
 from __future__ import annotations
 
@@ -118,12 +118,14 @@ def test_sigterm_and_sigkill(root: Path) -> None:
 @needs_engine
 def test_real_engine(root: Path) -> None:
     """C8 with vLLM: token for token the same responses, so the same metrics and weights."""
-    assert _run(_arguments(root, "engine", "rollout.num_prompts=4")).returncode == 0
-    seconds = _disturbed(root, "engine_term", signal.SIGTERM, "rollout.num_prompts=4")
+    own = ("rollout.num_prompts=4", "parallel.tp=2")
+    first = _run(_arguments(root, "engine", *own))
+    assert first.returncode == 0, first.stderr[-2000:]
+    seconds = _disturbed(root, "engine_term", signal.SIGTERM, *own)
     found = _status(root / "runs" / "engine_term")
     print(f"\nSIGTERM: ended after {seconds:.1f} s, saved step {found['step']}")
     assert found["reason"] == "preempted"
-    again = _run(_arguments(root, "engine_term", "rollout.num_prompts=4"))
+    again = _run(_arguments(root, "engine_term", *own))
     assert again.returncode == 0, again.stderr[-2000:]
     _compare(root, "engine", "engine_term")
     assert not _orphans(root)
