@@ -40,7 +40,7 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
     """Metrics but for times; every step once."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
-    clocks = ("time/", "perf/", "rollout/tokens_per", "rollout/generation", "sync/")
+    clocks = ("time/", "perf/", "rollout/tokens_per", "rollout/generation", "weight_sync/giga")
     return [{k: v for k, v in line.items() if not k.startswith(clocks)} for line in lines]
 
 
