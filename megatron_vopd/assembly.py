@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -21,7 +21,6 @@ from megatron_vopd.collector import Grader as GradeRollout
 from megatron_vopd.collector import RolloutCollector
 from megatron_vopd.config import Config
 from megatron_vopd.config.schema import TeacherSection
-from megatron_vopd.config.table import resolved_yaml
 from megatron_vopd.config.world import layouts
 from megatron_vopd.curriculum import build_curriculum
 from megatron_vopd.data import PromptTokenizer, TrainingPrompts, load_training_prompts
@@ -29,7 +28,6 @@ from megatron_vopd.grading import Grader
 from megatron_vopd.hf_folder import read_model_folder
 from megatron_vopd.hf_mapping import LayerSpec
 from megatron_vopd.hub import local_model_folder
-from megatron_vopd.metrics_file import METRICS_NAME
 from megatron_vopd.model import ModelOptions
 from megatron_vopd.model_facts import ModelError
 from megatron_vopd.parallel import Groups, in_step, independent_groups, student_groups
@@ -39,10 +37,14 @@ from megatron_vopd.prompt_stream import PromptStream
 from megatron_vopd.responses import load_responses
 from megatron_vopd.rollout.choose import make_engine
 from megatron_vopd.rollout.engine import Engine, PushReport
+from megatron_vopd.run_checkpoint import RunCheckpoints
 from megatron_vopd.run_log import MetricsWriter
+from megatron_vopd.run_resume import Resume
+from megatron_vopd.run_start import begin, record_config, run_identity
 from megatron_vopd.scoring import sequence_logprobs
 from megatron_vopd.settings import step_settings
 from megatron_vopd.stop_ids import stop_ids
+from megatron_vopd.stopping import StopFlag
 from megatron_vopd.student import Student, load_student
 from megatron_vopd.teacher import Teacher
 from megatron_vopd.trainer import Trainer
@@ -55,7 +57,6 @@ _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Largest gap between engine and trainer on one token of the probe, nats, by what both compute in.
 _PROBE_TOLERANCES = {"fp32": 1e-4, "bf16": 0.3}
 _PROBE_LENGTH = 48
-_HEADER = "# The resolved configuration of a run of megatron_vopd.train.\n"
 # Ranks without an engine wait in a collective while a leader's engine starts (LocalSettings.
 # start_seconds) or answers (rollout.deadline_seconds), and a while longer for a busy machine.
 START_SECONDS, MARGIN_SECONDS = 600.0, 300.0
@@ -63,7 +64,12 @@ START_SECONDS, MARGIN_SECONDS = 600.0, 300.0
 
 @dataclass
 class Run:
-    """A run that is ready to train. Close it on every rank."""
+    """A run that is ready to train. Close it on every rank.
+
+    Attributes:
+        extra: JSON values that are saved with each checkpoint and come back with a resume, the
+            same on every rank; for what is not the trainer's, such as the best evaluation.
+    """
 
     config: Config
     run_dir: Path
@@ -72,8 +78,10 @@ class Run:
     trainer: Trainer
     engine: Engine | None
     pusher: Pusher | None
-    writer: MetricsWriter | None
     resources: ExitStack
+    writer: MetricsWriter | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    checkpoints: RunCheckpoints = field(init=False)
 
     def say(self, text: str) -> None:
         """A line for the reader, on the rank that has the terminal."""
@@ -167,29 +175,50 @@ def require_sound(config: Config) -> None:
         _announce(config, f"note: {notice}")
 
 
-def assemble(config: Config, device: str, engine: Engine | None = None) -> Run:
+def assemble(
+    config: Config, device: str, engine: Engine | None = None, stop: StopFlag | None = None
+) -> Run:
     """Everything that training needs; no engine is started before the first push.
 
     Args:
         device: of the world that was joined by `parallel.init_world`.
         engine: instead of the configured one, on leaders (dry run): it gets no weights.
+        stop: a request to stop, which ends a step that is not finished.
 
     Raises:
         UserError: on every rank, what one of them cannot work with.
     """
     in_step(lambda: require_sound(config))
     run_dir = Path(config.run.dir) / config.run.name
-    if engine is None:
-        in_step(lambda: _require_vllm(config))
-        in_step(lambda: _prepare_folder(run_dir, config))
     with ExitStack() as stack:
-        run = _assembled(config, device, engine, run_dir, stack)
+        resume = begin(run_dir, config) if engine is None else Resume(None, 0, ())
+        run = _assembled(config, device, engine, run_dir, stack, stop)
+        if engine is None:
+            _go_on(run, resume)
         run.resources = stack.pop_all()
         return run
 
 
+def _go_on(run: Run, resume: Resume) -> None:
+    """Load the checkpoint, then record: metrics of steps that will be repeated are cut off."""
+    for remark in resume.remarks:
+        run.say(f"note: {remark}")
+    if resume.folder is not None:
+        run.extra = run.checkpoints.load(resume.folder)
+        run.say(f"resumed: step {resume.step}, from {resume.folder}")
+    record_config(run.run_dir, run.config)
+    writer = in_step(lambda: _writer(run.config, run.run_dir, run.resources, resume.step))
+    if writer is not None:
+        run.writer, run.trainer.sink = writer, _Sink(writer, run.engine, run.pusher)
+
+
 def _assembled(
-    config: Config, device: str, stand_in: Engine | None, run_dir: Path, stack: ExitStack
+    config: Config,
+    device: str,
+    stand_in: Engine | None,
+    run_dir: Path,
+    stack: ExitStack,
+    stop: StopFlag | None,
 ) -> Run:
     student_dir = in_step(lambda: local_model_folder(config.student.path, "student.path"))
     ends = in_step(lambda: stop_ids(config))
@@ -215,47 +244,22 @@ def _assembled(
         sources.responses,
         _grader(config, tokenizer, stack),
         pusher,
+        stop,
     )
-    writer = in_step(lambda: _writer(config, run_dir, stack) if stand_in is None else None)
-    sink = _Sink(writer, engine, pusher) if writer is not None else None
     trainer = Trainer(
         student,
         teachers,
         collector,
         build_curriculum(config.curriculum),
         settings,
-        sink,
-        sources.prompts.held_out,
+        held_out=sources.prompts.held_out,
+        stop=stop,
     )
-    return Run(config, run_dir, student_dir, student, trainer, engine, pusher, writer, stack)
-
-
-def _require_vllm(config: Config) -> None:
-    """Looked for before the models are loaded, which takes minutes."""
-    asks = "student" in config.objective.prefix_fractions and config.rollout.engine == "local"
-    if asks and find_spec("vllm") is None:
-        remedy = "install it (CPU: make engine), or set rollout.engine=server"
-        raise _refused("rollout.engine", "local", "vLLM installed beside this package", remedy)
-
-
-def _prepare_folder(run_dir: Path, config: Config) -> None:
-    """The run folder with its resolved configuration; an earlier run's results are not mixed in."""
-    if dist.get_rank() != 0:
-        return
-    remedy = "choose another run.name or run.dir"
-    metrics, own = run_dir / METRICS_NAME, run_dir / "config.yaml"
-    try:
-        if metrics.exists() and metrics.stat().st_size:
-            got, expected = "holds a run already", f"a folder without {METRICS_NAME}"
-            raise _refused("run.name", f"{run_dir}, which {got}", expected, f"{remedy}, or move it")
-        if own.exists() and _HEADER not in own.read_text("utf-8", "replace"):
-            got = f"{own}, which is not of a run"
-            raise _refused("run.name", got, "a folder for this run alone", remedy)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        own.write_text(_HEADER + resolved_yaml(config), encoding="utf-8")
-    except OSError as error:
-        got = f"{error.filename} ({error.strerror})"
-        raise _refused("run.dir", got, "a folder that can be written", remedy) from None
+    identity = run_identity(config, student.facts) if stand_in is None else {}
+    run = Run(config, run_dir, student_dir, student, trainer, engine, pusher, stack)
+    folders, keep = (run_dir, Path(student_dir)), config.checkpoint.keep
+    run.checkpoints = RunCheckpoints(*folders, student, trainer, identity, keep, run.say)
+    return run
 
 
 def _refused(key: str, got: str, expected: str, remedy: str) -> ConfigError:
@@ -383,9 +387,13 @@ def _grader(config: Config, tokenizer: PromptTokenizer, stack: ExitStack) -> Gra
     return grade
 
 
-def _writer(config: Config, run_dir: Path, stack: ExitStack) -> MetricsWriter | None:
+def _writer(
+    config: Config, run_dir: Path, stack: ExitStack, last_step: int
+) -> MetricsWriter | None:
     if dist.get_rank() != 0:
         return None
     log = config.logging
-    writer = MetricsWriter(run_dir, log.tensorboard, log.wandb, log.console, config.train.steps)
+    writer = MetricsWriter(
+        run_dir, log.tensorboard, log.wandb, log.console, config.train.steps, last_step
+    )
     return stack.enter_context(writer)

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.dist_checkpointing.dict_utils import nested_values
 from megatron.core.dist_checkpointing.mapping import (
     ShardedObject,
@@ -86,6 +87,20 @@ def with_values(entry: Entry, values: Tensor) -> list[ShardedTensor]:
 def shards(entry: Entry) -> list[ShardedTensor]:
     """The shards of one entry, as views of the data it has (which may be on the meta device)."""
     return with_values(entry, entry.data)  # type: ignore[arg-type]
+
+
+def renamed(entry: Entry, prefix: str, dtype: torch.dtype) -> Entry:
+    """The entry's place, for values of another meaning and type: an optimizer's, say."""
+    changes: dict[str, Any] = {"key": f"{prefix}.{entry.key}"}
+    if isinstance(entry, ShardedTensor):
+        changes["dtype"] = dtype
+    return replace(entry, data=torch.empty_like(entry.data, dtype=dtype, device="meta"), **changes)  # type: ignore[arg-type]
+
+
+def rank_row(key: str, values: Tensor) -> ShardedTensor:
+    """This rank's row of a tensor [world, n] that every rank adds one of n values to."""
+    place = (0, dist.get_rank(), dist.get_world_size())
+    return ShardedTensor.from_rank_offsets(key, values[None], place)
 
 
 def is_same_place(first: Tensor | None, second: Tensor) -> bool:

@@ -87,7 +87,7 @@ class CheckpointModel:
         self.entries = meta_entries(self.hf_config, self.facts, groups, self.dtype)
         wanted = [shard for entry in self.entries.values() for shard in shards(entry)]
         keys = self._reader.require(wanted)
-        self._reader.require_only(keys, ignored=("optimizer.",))
+        self._reader.require_only(keys, ignored=("optimizer.", "random_states"))
         self._check_vocabulary()
         self._plans = shard_parameters(self.facts, groups.layout, groups.coordinates, "local")
         self._layout = groups.layout

@@ -26,7 +26,12 @@ from megatron_vopd.publish import OutputFile
 from megatron_vopd.types import UserError
 
 _ALIGNMENT = 64
-_STORAGES = {"FloatStorage": "float32", "BFloat16Storage": "bfloat16", "HalfStorage": "float16"}
+_STORAGES = {
+    "FloatStorage": "float32",
+    "BFloat16Storage": "bfloat16",
+    "HalfStorage": "float16",
+    "ByteStorage": "uint8",
+}
 PAYLOAD_NAMES = {
     "torch._utils._rebuild_tensor_v2",
     "collections.OrderedDict",

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 from megatron_vopd.parallel import Groups
@@ -22,6 +23,7 @@ from megatron_vopd.rollout.accounting import check_rollouts
 from megatron_vopd.rollout.engine import Engine, EngineError, Sampling
 from megatron_vopd.settings import StepSettings
 from megatron_vopd.sharing import Graded, raise_together, share_rollouts
+from megatron_vopd.stopping import StopFlag
 from megatron_vopd.types import Prompt, Rollout
 
 # How long after the engine's own deadline a generation in a thread is waited for.
@@ -70,6 +72,7 @@ class RolloutCollector:
         responses: given responses, where the settings ask for some.
         grader: rollout -> grade, called on the leaders; None: no grades.
         push: gives all engines the student's weights under a version; None: no engine.
+        stop: a request to stop ends the wait for an engine; None: nothing does.
         vocab_size: ids that may be trained on: those that student and teachers share.
     """
 
@@ -84,10 +87,12 @@ class RolloutCollector:
         responses: ResponseSource | None = None,
         grader: Grader | None = None,
         push: Push | None = None,
+        stop: StopFlag | None = None,
     ) -> None:
         self._groups, self._engine, self._settings = groups, engine, settings
         self._prompts, self._responses, self._grader = prompts, responses, grader
         self._vocab_size, self._device, self._push = vocab_size, device, push
+        self._stop = stop
         self._flight: _Flight | None = None
         self._ready: list[Graded] | None = None
 
@@ -121,7 +126,14 @@ class RolloutCollector:
             return
         flight, self._flight = self._flight, None
         deadline = self._settings.deadline_seconds + GRACE_SECONDS
-        self._ready = self._shared(flight.request, lambda: flight.result(deadline), policy_version)
+        # Not ended by a request to stop: weights may have changed since the step began, so that
+        # these responses could not be sampled again.
+        self._ready = self._shared(
+            flight.request,
+            lambda: flight.result(deadline),
+            lambda: self._generate(flight.request),
+            policy_version,
+        )
 
     def push(self, policy_version: int) -> None:
         """Give the engines the student's weights, once nothing is sampled from the old ones."""
@@ -144,10 +156,12 @@ class RolloutCollector:
         return {
             "prompts": None if self._prompts is None else self._prompts.state_dict(),
             "responses": None if self._responses is None else self._responses.state_dict(),
-            "ready": None if ready is None else [asdict(graded) for graded in ready],
+            "ready": None if ready is None else [_values_of(graded) for graded in ready],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # A generation in flight belongs to what is being left; nobody waits for its thread.
+        self._flight = None
         if self._prompts is not None:
             self._prompts.load_state_dict(state["prompts"])
         if self._responses is not None:
@@ -169,7 +183,11 @@ class RolloutCollector:
         return Request(self._prompts.next(settings.num_asked), sampling)
 
     def _collect(self, request: Request, policy_version: int) -> list[Graded]:
-        return self._shared(request, lambda: self._generate(request), policy_version)
+        def answer() -> Answer:
+            with nullcontext() if self._stop is None else self._stop.abortable():
+                return self._generate(request)
+
+        return self._shared(request, answer, answer, policy_version)
 
     def _generate(self, request: Request) -> Answer:
         """This leader's share of the answers, with grades; also called in a thread."""
@@ -186,7 +204,13 @@ class RolloutCollector:
         is_leader = (at.tp, at.cp, at.pp) == (0, 0, 0)
         return request.prompts[at.dp :: self._groups.layout.dp] if is_leader else []
 
-    def _shared(self, request: Request, answer: Callable[[], Answer], version: int) -> list[Graded]:
+    def _shared(
+        self,
+        request: Request,
+        answer: Callable[[], Answer],
+        again: Callable[[], Answer],
+        version: int,
+    ) -> list[Graded]:
         """Every rank's answers in order; after a failure from engines that were started again."""
         try:
             return self._shared_once(request, answer, version)
@@ -194,7 +218,7 @@ class RolloutCollector:
             if self._push is None:
                 raise
         self._push(version)
-        return self._shared_once(request, lambda: self._generate(request), version)
+        return self._shared_once(request, again, version)
 
     def _shared_once(
         self, request: Request, answer: Callable[[], Answer], version: int
@@ -256,8 +280,14 @@ def step_seed(seed: int, step: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
+def _values_of(graded: Graded) -> dict[str, Any]:
+    """JSON values; by reference, because a step's state is taken before each step."""
+    prompt = vars(graded.rollout.prompt)
+    return {**vars(graded), "rollout": {**vars(graded.rollout), "prompt": prompt}}
+
+
 def _graded_from(values: dict[str, Any]) -> Graded:
-    """A `Graded` from `asdict` that went through JSON."""
+    """A `Graded` from `_values_of`, which may have gone through JSON."""
     rollout, prompt = values["rollout"], values["rollout"]["prompt"]
     logprobs = rollout["rollout_logprobs"]
     return Graded(

@@ -279,6 +279,17 @@ def sum_over_world(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def join_slices(whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """`whole` of fp32 values, of which each rank has its own slice, and zeros elsewhere.
+
+    Added up as integers, so that the bits of every value survive, -0.0 included. One all-reduce of
+    the whole tensor over `group`.
+    """
+    if group.size() > 1:
+        dist.all_reduce(whole.view(torch.int32), group=group)
+    return whole
+
+
 def _own_group(members: list[list[int]]) -> dist.ProcessGroup:
     """Create one group per list (every rank must call with the same lists); return this rank's."""
     own, _ = dist.new_subgroups_by_enumeration(members, timeout=_world_timeout())

@@ -263,6 +263,8 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads(path.read_bytes())
         files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            raise ValueError(f"format {manifest['format']}")
         listed = [FileRecord(entry["name"], entry["size"], entry["sha256"]) for entry in files]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise PublishError(f"{path}: not a readable manifest; restore the folder") from None

@@ -24,6 +24,10 @@ _HEADER = 6
 _FINISH: tuple[FinishReason, ...] = ("stop", "length")
 
 
+class StopRequested(Exception):  # noqa: N818 (nothing went wrong)
+    """The run was asked to stop; raised on every rank."""
+
+
 @dataclass(frozen=True)
 class Graded:
     """A rollout with its place in the step's list, and its grade (NaN: not graded)."""
@@ -57,17 +61,28 @@ def raise_together(error: Exception | None) -> None:
     """Raise on every rank when any rank has an error; the message names the first such rank.
 
     Raises:
+        StopRequested: on any rank; whatever else went wrong no longer matters.
         UserError: it is a mistake of the user.
         EngineError: any other; its cause is this rank's own error, where it has one.
     """
-    own = None if error is None else (isinstance(error, UserError), str(error) or repr(error))
-    outcomes: list[tuple[bool, str] | None] = [None] * _world()
+    own = None if error is None else (_kind(error), str(error) or repr(error))
+    outcomes: list[tuple[str, str] | None] = [None] * _world()
     dist.all_gather_object(outcomes, own)
-    for rank, outcome in enumerate(outcomes):
-        if outcome is not None:
-            is_users, message = outcome
-            kind = UserError if is_users else EngineError
-            raise kind(f"rank {rank}: {message}") from error
+    told = [(rank, *outcome) for rank, outcome in enumerate(outcomes) if outcome is not None]
+    told.sort(key=lambda one: one[1] != StopRequested.__name__)
+    for rank, kind, message in told:
+        raise _KINDS[kind](f"rank {rank}: {message}") from error
+
+
+_KINDS: dict[str, type[Exception]] = {
+    kind.__name__: kind for kind in (StopRequested, UserError, EngineError)
+}
+
+
+def _kind(error: Exception) -> str:
+    if isinstance(error, StopRequested):
+        return StopRequested.__name__
+    return (UserError if isinstance(error, UserError) else EngineError).__name__
 
 
 def first_objection(objection: str, device: torch.device | str) -> str:

@@ -14,6 +14,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 if __name__ == "__main__":
@@ -34,7 +35,8 @@ from megatron_vopd.hf_folder import read_model_folder
 from megatron_vopd.hub import local_model_folder
 from megatron_vopd.parallel import in_step, in_step_all, init_world, is_first_to_tell
 from megatron_vopd.rollout.engine import EngineError
-from megatron_vopd.student_export import export_student
+from megatron_vopd.run_loop import ending_noted, train
+from megatron_vopd.stopping import StopFlag
 from megatron_vopd.types import UserError
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -127,18 +129,17 @@ def _require_torchrun() -> None:
 
 
 def _train(config: Config, device: str) -> int:
-    run = assemble(config, device)
-    try:
-        if run.pusher is not None:
-            run.say(f"engines: starting (logs: {run.run_dir / 'engines'})")
-            run.pusher(run.trainer.policy_version)
-        run.trainer.fit(config.train.steps)
-        if config.checkpoint.export_hf:
-            folder = run.run_dir / "hf" / f"step_{run.trainer.step}"
-            export_student(run.student, run.student_dir, folder)
-            run.say(f"the student is in {folder}")
-    finally:
-        run.close()
+    stop = StopFlag(device)
+    with ending_noted(Path(config.run.dir) / config.run.name) as ending:
+        run = ending.run = assemble(config, device, stop=stop)
+        try:
+            if run.pusher is not None:
+                run.say(f"engines: starting (logs: {run.run_dir / 'engines'})")
+                run.pusher(run.trainer.policy_version)
+            stop.listen()
+            ending.reason = train(run)
+        finally:
+            run.close()
     return in_step(lambda: OK)
 
 

@@ -32,7 +32,8 @@ from megatron_vopd.packing import group_advantages, pack
 from megatron_vopd.rollout.engine import Sampling
 from megatron_vopd.scoring import mean_entropy
 from megatron_vopd.settings import StepSettings
-from megatron_vopd.sharing import Graded, first_objection
+from megatron_vopd.sharing import Graded, StopRequested, first_objection
+from megatron_vopd.stopping import StopFlag
 from megatron_vopd.student import Student, clip_gradients, learning_rate
 from megatron_vopd.teacher import Teacher, score
 from megatron_vopd.types import Prompt, Rollout
@@ -60,14 +61,25 @@ class Update:
 
 
 class Phases:
-    """Seconds spent in the named parts of one step, on this rank."""
+    """Seconds spent in the named parts of one step, on this rank.
 
-    def __init__(self) -> None:
+    Attributes:
+        can_give_up: until the weights change.
+
+    Args:
+        before: called when a part begins, as long as the step can be given up.
+    """
+
+    def __init__(self, before: Callable[[], None] = lambda: None) -> None:
+        self._before = before
+        self.can_give_up = True
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._started = time.perf_counter()
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        if self.can_give_up:
+            self._before()
         started = time.perf_counter()
         yield
         self.seconds[name] += time.perf_counter() - started
@@ -93,6 +105,7 @@ class Trainer:
         curriculum: length limit of the responses.
         sink: of the metrics; None on ranks that record none.
         held_out: prompts whose responses' entropy the curriculum is gated by.
+        stop: a request to stop, looked at between the phases of a step; None: there is none.
     """
 
     def __init__(
@@ -104,10 +117,11 @@ class Trainer:
         settings: StepSettings,
         sink: MetricsSink | None = None,
         held_out: Sequence[Prompt] = (),
+        stop: StopFlag | None = None,
     ) -> None:
         self.student, self.teachers, self.collector = student, teachers, collector
         self.curriculum, self.settings = curriculum, settings
-        self.sink, self.held_out = sink, held_out
+        self.sink, self.held_out, self.stop = sink, held_out, stop
         self.loss = RowLoss(student, teachers, settings.objective)
         self.guard = StepGuard(settings.spike_factor, settings.max_consecutive_skips)
         self.packing = student.packing(settings.max_tokens_per_microbatch)
@@ -119,8 +133,9 @@ class Trainer:
         Raises:
             EngineError: an engine failed or answered wrongly; no weight has changed.
             SkipLimitError: too many steps in a row were skipped.
+            StopRequested: no weight has changed; data and curriculum may have moved on.
         """
-        phase = Phases()
+        phase = Phases(self._go_on)
         with phase("curriculum"):
             limit = self._response_limit()
         with phase("rollout"):
@@ -139,7 +154,9 @@ class Trainer:
         return self._report(rollouts, update, phase)
 
     def fit(self, num_steps: int, after_step: Callable[[int], bool] | None = None) -> None:
-        """Steps until `num_steps` have been made, in all.
+        """Steps until `num_steps` have been made, in all, or a stop is requested.
+
+        A step that is given up leaves no trace: afterwards all is as the last whole step left it.
 
         Args:
             after_step: called on every rank with the number of steps made (checkpoints,
@@ -147,9 +164,18 @@ class Trainer:
         """
         going_on = True
         while going_on and self.step < num_steps:
-            self.train_step()
+            before = self.state_dict()
+            try:
+                self.train_step()
+            except StopRequested:
+                self.load_state_dict(before)
+                return
             going_on = after_step is None or after_step(self.step)
         self.collector.settle(self.policy_version)
+
+    def _go_on(self) -> None:
+        if self.stop is not None and self.stop.anywhere():
+            raise StopRequested("asked to stop")
 
     def state_dict(self) -> dict[str, Any]:
         """What a resumed run needs beside weights and moments: JSON values, the same on every rank.
@@ -228,6 +254,7 @@ class Trainer:
 
     def _publish(self, phase: Phases) -> None:
         """Give the engines the updated weights as the next policy version."""
+        phase.can_give_up = False
         self.policy_version += 1
         with phase("rollout"):
             self.collector.settle(self.policy_version)

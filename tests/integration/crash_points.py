@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,39 +52,62 @@ class Faults:
         return call
 
 
-def _child(tool: str, source: Path, out: Path, faults: Faults, audited: list[str]) -> int:
-    """Run the tool in this forked process; returns its exit status."""
-    from tests.tools import load_tool
+def _convert(tool: str, source: Path, out: Path) -> Callable[[Faults, list[str]], int]:
+    """Runs the tool; gives its exit status."""
+
+    def action(faults: Faults, audited: list[str]) -> int:
+        from tests.tools import load_tool
+
+        main = load_tool(tool).main
+        watch(out.parent, audited)
+        faults.arm()
+        return main([str(source), str(out)])
+
+    return action
+
+
+def watch(folder: Path, audited: list[str]) -> None:
+    """Write down what this process does in the folder, as the interpreter itself sees it."""
 
     def audit(event: str, args: tuple) -> None:
-        inside = bool(args) and str(args[0]).startswith(str(out.parent))
+        inside = bool(args) and str(args[0]).startswith(str(folder))
+        # A tree is taken apart by names below open folders.
+        inside |= event in ("os.remove", "os.rmdir") and args[1] != -1
         if inside and event == "open" and isinstance(args[2], int) and args[2] & WRITING:
             audited.append("open")
         if inside and event in ("os.mkdir", "os.rename", "os.rmdir", "os.remove", "os.truncate"):
             audited.append(event.removeprefix("os."))
 
     sys.addaudithook(audit)
+
+
+def _silenced() -> None:
     null = os.open(os.devnull, os.O_WRONLY)
     os.dup2(null, 1)
     os.dup2(null, 2)
-    faults.arm()
-    return load_tool(tool).main([str(source), str(out)])
 
 
-def strike(tool: str, source: Path, out: Path, mode: str, at: int) -> dict[str, Any]:
-    """One forked run; how it ended, and after how many operations when it was not struck."""
+def strike(
+    action: Callable[[Faults, list[str]], int], traceback_path: Path, mode: str, at: int
+) -> dict[str, Any]:
+    """One forked run of `action`, which arms the faults that it is given.
+
+    Returns:
+        how it ended, and after how many operations when it was not struck.
+    """
     reader, writer = os.pipe()
     pid = os.fork()
     if pid == 0:
         try:
             faults, audited = Faults(mode, at), []
-            status = _child(tool, source, out, faults, audited)
+            _silenced()
+            status = action(faults, audited)
             found = {"status": status, "count": faults.count, "seen": faults.seen, "audit": audited}
             os.close(reader)
             with os.fdopen(writer, "w") as pipe:
                 pipe.write(json.dumps(found))
         except BaseException:
-            Path(out.parent / "traceback").write_text(traceback.format_exc())
+            traceback_path.write_text(traceback.format_exc())
             os._exit(70)
         os._exit(0)
     os.close(writer)
@@ -108,14 +132,18 @@ def state_of(out: Path) -> str:
 
 def enumerate_points(tool: str, source: Path, root: Path, mode: str) -> dict[str, Any]:
     """Strike at every operation; returns the states found, and what a whole run does."""
-    whole = strike(tool, source, root / "whole", mode, 0)
+
+    def one(out: Path, at: int) -> dict[str, Any]:
+        return strike(_convert(tool, source, out), out.parent / "traceback", mode, at)
+
+    whole = one(root / "whole", 0)
     assert whole.get("status") == 0, whole
     states: dict[str, int] = {}
     problems = []
     for at in range(1, whole["count"] + 1):
         folder = root / f"{mode}{at}"
         folder.mkdir()
-        ended = strike(tool, source, folder / "out", mode, at)
+        ended = one(folder / "out", at)
         state = state_of(folder / "out")
         states[state] = states.get(state, 0) + 1
         leftovers = [path.name for path in folder.glob("out.tmp-*")]
@@ -127,7 +155,7 @@ def enumerate_points(tool: str, source: Path, root: Path, mode: str) -> dict[str
         if mode != "fail" and not ended["killed"]:
             problems.append([at, whole["seen"][at - 1], state, ended])
         if at % 10 == 0 and state == "absent":
-            again = strike(tool, source, folder / "out", mode, 0)
+            again = one(folder / "out", 0)
             if again.get("status") != 0 or list(folder.glob("out.tmp-*")):
                 problems.append([at, "second run", again])
         shutil.rmtree(folder)

@@ -133,7 +133,7 @@ USES = {
         ("parallel.backend=te",), ("parallel.backend", "set parallel.backend=auto")
     ),
     "no vLLM": Careless((), ("rollout.engine", "install")),
-    "a run already": Careless(("run.name=done",), ("run.name", "holds a run already")),
+    "a run already": Careless(("run.name=done",), ("run.name", "nothing can be resumed from")),
     "a folder of the user": Careless(("run.name=mine",), ("run.name", "mine/config.yaml")),
     "a file for a folder": Careless(("run.dir={root}/file",), ("run.dir", "file")),
     "a folder that cannot be written": Careless(("run.dir=/proc/runs",), ("run.dir", "/proc")),
@@ -171,7 +171,7 @@ def _all_uses(root: str, names: list[str]) -> Any:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_vopd import assembly, parallel
+    from megatron_vopd import parallel, run_start
 
     os.environ |= {
         "RANK": str(dist.get_rank()),
@@ -182,7 +182,7 @@ def _all_uses(root: str, names: list[str]) -> Any:
     found = {}
     for name in names:
         # The other uses are the same with and without vLLM, which none of them starts.
-        assembly.find_spec = lambda _, has=name != "no vLLM": object() if has else None
+        run_start.find_spec = lambda _, has=name != "no vLLM": object() if has else None
         found[name] = _used(root, USES[name])
         if parallel_state.is_initialized():
             parallel.destroy_groups()

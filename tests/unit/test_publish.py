@@ -40,7 +40,11 @@ def test_published_folder_verifies(tmp_path: Path) -> None:
         ("a", b"alph", "4 bytes"),
         ("deep/er/b", None, "missing"),
         ("manifest.json", b"{}", "readable manifest"),
-        ("manifest.json", b'{"files": [{"name": "../a", "size": 1, "sha256": ""}]}', "../a"),
+        (
+            "manifest.json",
+            b'{"format": 1, "files": [{"name": "../a", "size": 1, "sha256": ""}]}',
+            "../a",
+        ),
     ],
 )
 def test_changed_files_are_named(

@@ -1,0 +1,214 @@
+"""The run folder on disk: checkpoints by step, the hint `latest`, `status.json`.
+
+    RUN/checkpoints/step_N/     published whole, never written to again
+    RUN/checkpoints/latest      the name of the newest one, for the reader; resuming goes by hashes
+    RUN/status.json             why the last process ended, for the launch script
+
+All functions are for one rank; what they decide is given to the others by the caller.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Collection
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_vopd.problems import shown
+from megatron_vopd.publish import (
+    MANIFEST_NAME,
+    PublishError,
+    regular_size,
+    remove_leftovers,
+    sync_folder,
+    verify_manifest,
+    verify_sizes,
+)
+
+KIND = "training run"
+LATEST_NAME, STATUS_NAME = "latest", "status.json"
+_STEP_NAME = re.compile(r"step_(0|[1-9][0-9]{0,15})")
+_MAX_LATEST_BYTES = 64
+
+Reason = Literal["done", "preempted", "do not requeue", "crash"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a process ended (rule R8).
+
+    Attributes:
+        step: steps made, of which the last checkpoint may hold fewer.
+        last_checkpoint: its name in `checkpoints`; None: there is none.
+        requeue: whether starting again may help.
+        message: of the error, if any.
+    """
+
+    reason: Reason
+    step: int
+    last_checkpoint: str | None
+    requeue: bool
+    message: str = ""
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def step_dir(run_dir: Path, step: int) -> Path:
+    return checkpoints_dir(run_dir) / f"step_{step}"
+
+
+def step_of(name: str) -> int | None:
+    """N of `step_N`; None for any other name."""
+    match = _STEP_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps with a checkpoint folder, newest first, valid or not."""
+    folder = checkpoints_dir(run_dir)
+    if not folder.is_dir():
+        return []
+    found = [(step_of(path.name), path) for path in folder.iterdir()]
+    return sorted(
+        (step for step, path in found if step is not None and path.is_dir()), reverse=True
+    )
+
+
+def verify_checkpoint(folder: Path) -> int:
+    """The step of a run's checkpoint in which every byte is what was written.
+
+    Raises:
+        PublishError: naming the file that is not.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise PublishError(f"{folder}: not a folder; give a step_N folder of a run's checkpoints")
+    try:
+        manifest = verify_manifest(folder)
+    except OSError as error:
+        raise PublishError(f"{error.filename or folder}: {error.strerror}") from error
+    if manifest is None:
+        raise PublishError(f"{folder}: has no manifest.json; the checkpoint is not complete")
+    step = manifest.get("step")
+    if manifest.get("kind") != KIND or type(step) is not int or step < 0:
+        raise PublishError(f"{folder}: not a checkpoint of a training run; give a step_N folder")
+    return step
+
+
+def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and one line about each that does not."""
+    refused: list[str] = []
+    for step in saved_steps(run_dir):
+        folder = step_dir(run_dir, step)
+        try:
+            if verify_checkpoint(folder) == step:
+                return folder, refused
+            refused.append(f"{folder}: {MANIFEST_NAME} says another step; rename the folder back")
+        except PublishError as error:
+            refused.append(str(error))
+    return None, refused
+
+
+def latest_remark(run_dir: Path, chosen: Path | None) -> list[str]:
+    """A line when `latest` does not name the checkpoint that was chosen."""
+    path = checkpoints_dir(run_dir) / LATEST_NAME
+    if not os.path.lexists(path):
+        return [] if chosen is None else [f"{path}: missing; {chosen.name} is the newest"]
+    size = regular_size(path)
+    if size is None or size > _MAX_LATEST_BYTES:
+        return [f"{path}: not a short text file; it is not gone by"]
+    text = path.read_bytes().decode("ascii", "backslashreplace").strip()
+    if chosen is not None and text == chosen.name:
+        return []
+    name = "nothing" if chosen is None else chosen.name
+    return [f"{path}: says {shown(text)}, but {name} is the newest that verifies"]
+
+
+def write_latest(run_dir: Path, step: int) -> None:
+    """Replace the hint; whatever was in its place, unless that is a folder, is gone."""
+    path = checkpoints_dir(run_dir) / LATEST_NAME
+    if path.is_dir() and not path.is_symlink():
+        raise PublishError(f"{path}: is a folder, expected a file; remove it")
+    _replace_text(path, f"step_{step}\n")
+
+
+def write_status(run_dir: Path, status: Status) -> None:
+    """What the launch script reads after the ranks have ended."""
+    _replace_text(run_dir / STATUS_NAME, json.dumps(asdict(status)) + "\n")
+
+
+def _replace_text(path: Path, text: str) -> None:
+    """Written beside, flushed, then renamed: a reader sees the old text or the new one."""
+    beside = path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+    descriptor = os.open(beside, flags, 0o644)
+    try:
+        os.write(descriptor, text.encode("ascii"))
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.rename(beside, path)
+    sync_folder(path.parent, f"{path.name} may not outlive a power failure")
+
+
+def make_room(run_dir: Path, step: int) -> tuple[bool, list[str]]:
+    """Whether step N is saved already; a folder in its place that does not verify is set aside."""
+    folder = step_dir(run_dir, step)
+    if not os.path.lexists(folder):
+        return False, []
+    try:
+        verify_checkpoint(folder)
+    except PublishError as error:
+        aside = folder.with_name(f"{folder.name}.damaged-{secrets.token_hex(4)}")
+        os.rename(folder, aside)
+        sync_folder(folder.parent)
+        return False, [f"{error}; moved to {aside.name}, and saved again"]
+    return True, []
+
+
+def remove_old(run_dir: Path, newest: int, keep: int, also: Collection[int] = ()) -> list[int]:
+    """Remove what is older than the `keep` newest checkpoints up to step `newest`.
+
+    Only folders whose files have their sizes count; those of later steps, which a resumed run
+    passed over, are neither counted nor removed. A folder is renamed before it is taken apart, so
+    that none is ever half there under its name.
+
+    Args:
+        newest: was just published, or has just been verified.
+        also: steps that stay in any case.
+    """
+    past = [step for step in saved_steps(run_dir) if step <= newest]
+    kept = [step for step in past if step == newest or _looks_whole(step_dir(run_dir, step))][:keep]
+    removed = [step for step in past if step < kept[-1] and step not in also]
+    if len(kept) < keep:
+        return []
+    for step in removed:
+        folder = step_dir(run_dir, step)
+        gone = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(6)}")
+        os.rename(folder, gone)
+        shutil.rmtree(gone)
+    return removed
+
+
+def _looks_whole(folder: Path) -> bool:
+    try:
+        return verify_sizes(folder) is not None
+    except (PublishError, OSError):
+        return False
+
+
+def remove_stale(run_dir: Path) -> None:
+    """Remove what killed processes left: temporary folders, and files beside `latest`."""
+    folder = checkpoints_dir(run_dir)
+    if not folder.is_dir():
+        return
+    remove_leftovers(folder / "step_*")
+    for path in [*folder.glob(f"{LATEST_NAME}.tmp-*"), *run_dir.glob(f"{STATUS_NAME}.tmp-*")]:
+        if regular_size(path) is not None:
+            path.unlink()

@@ -1,0 +1,119 @@
+"""A run from its first step to its last: checkpoints on the way, and how it ended in `status.json`.
+
+Checkpoints come every `checkpoint.interval` steps, after the last step, and when a stop is
+requested; with `export_hf` each also becomes a HuggingFace folder beside it. All functions here but
+`ending_noted` are collectives.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.distributed as dist
+
+from megatron_vopd.assembly import Run
+from megatron_vopd.grading import GradingError
+from megatron_vopd.guard import SkipLimitError
+from megatron_vopd.parallel import in_step, in_step_all
+from megatron_vopd.publish_together import on_rank_0
+from megatron_vopd.run_folder import (
+    Reason,
+    Status,
+    saved_steps,
+    step_of,
+    write_status,
+)
+from megatron_vopd.student_export import export_student
+from megatron_vopd.types import UserError
+
+
+def train(run: Run) -> Reason:
+    """All steps that are left; then, or when a stop is requested, the state is saved.
+
+    Returns:
+        done, or preempted: then every whole step is in the last checkpoint.
+    """
+    section, trainer = run.config.checkpoint, run.trainer
+    last = run.config.train.steps
+
+    def after_step(step: int) -> bool:
+        if section.interval and step % section.interval == 0 and step < last:
+            save(run)
+        return trainer.stop is None or not trainer.stop.anywhere()
+
+    trainer.fit(last, after_step)
+    is_done = trainer.step >= last
+    save(run, has_time=is_done)
+    return "done" if is_done else "preempted"
+
+
+def save(run: Run, has_time: bool = True) -> None:
+    """A checkpoint of the last whole step; exported as well where that is configured.
+
+    Args:
+        has_time: False: a launcher waits for this process to end, and will kill it; an export has
+            to wait for the next start.
+    """
+    folder = run.checkpoints.save(run.extra)
+    run.say(f"saved: {folder}")
+    if not run.config.checkpoint.export_hf or not has_time:
+        return
+    step = run.trainer.step
+    out_dir = run.run_dir / "hf" / f"step_{step}"
+    if not in_step_all(lambda: out_dir.exists())[0]:
+        export_student(run.student, run.student_dir, out_dir)
+        run.say(f"the student is in {out_dir}")
+    in_step(lambda: on_rank_0(lambda: _remove_exports(run.run_dir, step)))
+
+
+def _remove_exports(run_dir: Path, newest: int) -> None:
+    """Exports go with the checkpoints of their steps."""
+    kept = saved_steps(run_dir)
+    for path in (run_dir / "hf").iterdir():
+        step = step_of(path.name)
+        if step is not None and step < newest and step not in kept:
+            shutil.rmtree(path)
+
+
+@dataclass
+class Ending:
+    """What `status.json` will say; filled by the block of `ending_noted` as it gets on."""
+
+    run_dir: Path
+    run: Run | None = None
+    reason: Reason = "crash"
+
+
+@contextmanager
+def ending_noted(run_dir: Path) -> Iterator[Ending]:
+    """Write `status.json` (rule R8) on rank 0 when the block ends, however it does."""
+    ending = Ending(run_dir)
+    try:
+        yield ending
+    except BaseException as error:
+        final = isinstance(error, (UserError, SkipLimitError, GradingError))
+        ending.reason = "do not requeue" if final else "crash"
+        _note(ending, f"{type(error).__name__}: {error}")
+        raise
+    _note(ending, "")
+
+
+def _note(ending: Ending, message: str) -> None:
+    if dist.get_rank() != 0:
+        return
+    steps = saved_steps(ending.run_dir)
+    if ending.run is not None:
+        made = ending.run.trainer.step
+        steps = [saved for saved in steps if saved <= made]
+    else:
+        made = steps[0] if steps else 0
+    last_checkpoint = f"step_{steps[0]}" if steps else None
+    requeue = ending.reason in ("preempted", "crash")
+    line = message.strip().partition("\n")[0].encode("ascii", "backslashreplace").decode()[:500]
+    # Where nothing can be written, what ended the run is still told by the exception.
+    with suppress(OSError, UserError):
+        write_status(ending.run_dir, Status(ending.reason, made, last_checkpoint, requeue, line))
