@@ -11,6 +11,7 @@ name removes: a lock on the folder tells a dead writer from one that still runs.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import hashlib
 import json
@@ -18,6 +19,7 @@ import os
 import secrets
 import shutil
 import stat
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import asdict, dataclass
@@ -32,6 +34,9 @@ FORMAT = 1
 _LARGE = 2**18
 _READ = 2**20
 _WRITTEN = 2**25
+_UNDER_WAY = 2**27
+_LIBC = ctypes.CDLL(None)
+_SYNC_FILE_RANGE_WRITE = 2
 _MAX_MANIFEST_BYTES = 2**28
 
 
@@ -48,10 +53,20 @@ class FileRecord:
     sha256: str
 
 
+@dataclass
+class _Piece:
+    """What is being written and hashed, and what keeps its memory alive meanwhile."""
+
+    size: int
+    futures: tuple[Future[None], Future[None]]
+    owner: Any = None
+
+
 class OutputFile:
     """A new file, written and hashed by two threads beside the caller; on a clean exit on the disk.
 
-    At most one large piece is under way while the caller prepares the next one.
+    Pieces are under way while the caller prepares the next ones: one of any size, or several small
+    ones.
     """
 
     def __init__(self, staging: Staging, name: str) -> None:
@@ -65,8 +80,7 @@ class OutputFile:
             self._fd = os.open(self._path, flags, 0o644)
         self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
         self._small = bytearray()
-        self._under_way: list[Future[None]] = []
-        self._held: Any = None
+        self._under_way: deque[_Piece] = deque()
         self._lacks_owner = False
         self._written = 0
 
@@ -77,7 +91,7 @@ class OutputFile:
         try:
             if kind is None:
                 self._submit_small()
-                self._settle()
+                self._settle(0)
                 with _naming(self._path):
                     os.fsync(self._fd)
         finally:
@@ -97,7 +111,6 @@ class OutputFile:
             if len(self._small) >= _LARGE:
                 self._submit_small()
         else:
-            self._settle()
             self._submit_small()
             self._submit(view)
             self._lacks_owner = True
@@ -106,7 +119,7 @@ class OutputFile:
     def hold(self, owner: Any) -> None:
         """Keep the owner of what was just written alive until that has left its memory."""
         if self._lacks_owner:
-            self._held, self._lacks_owner = owner, False
+            self._under_way[-1].owner, self._lacks_owner = owner, False
 
     def flush(self) -> None:
         """Nothing: the exit flushes. Writers of archives call it after each one."""
@@ -117,26 +130,33 @@ class OutputFile:
             self._small.clear()
 
     def _submit(self, view: memoryview) -> None:
+        self._settle(max(0, _UNDER_WAY - len(view)))
         writing, hashing = self._threads
-        self._under_way.append(writing.submit(self._write_all, view))
-        self._under_way.append(hashing.submit(self._hash.update, view))
+        futures = (writing.submit(self._write_all, view), hashing.submit(self._hash.update, view))
+        self._under_way.append(_Piece(len(view), futures))
 
-    def _settle(self) -> None:
-        """Wait for what is under way; raise what went wrong with it."""
-        under_way, self._under_way = self._under_way, []
-        wait(under_way)
-        self._held = None
-        for future in under_way:
-            future.result()
+    def _settle(self, num_bytes: int) -> None:
+        """Wait until at most `num_bytes` are under way; raise what went wrong with the others."""
+        while sum(piece.size for piece in self._under_way) > num_bytes:
+            piece = self._under_way.popleft()
+            wait(piece.futures)
+            for future in piece.futures:
+                future.result()
 
     def _write_all(self, view: memoryview) -> None:
         while view:
             with _naming(self._path):
                 done = os.write(self._fd, view[:_WRITTEN])
-            # Linux starts to write out what is to be forgotten: the flush at the end waits less.
-            os.posix_fadvise(self._fd, self._written, done, os.POSIX_FADV_DONTNEED)
+            _start_writing_out(self._fd, self._written, done)
             self._written += done
             view = view[done:]
+
+
+def _start_writing_out(descriptor: int, start: int, size: int) -> None:
+    """Let Linux write these bytes to the disk meanwhile: the flush at the end waits less."""
+    begin = getattr(_LIBC, "sync_file_range", None)
+    if begin is not None:
+        begin(descriptor, ctypes.c_int64(start), ctypes.c_int64(size), _SYNC_FILE_RANGE_WRITE)
 
 
 class Staging:

@@ -19,9 +19,9 @@ TOOLS = Path(__file__).parents[2] / "tools"
 REPEATS = 5
 # Twice the largest tensor and 200 MiB, of which the interpreter with torch takes most.
 LIMIT_MIB = 2 * LARGEST_TENSOR_BYTES / 2**20 + 200
-# A guard against getting slower. The aim of 3 times copying is not met yet: 4.3 and 6.6 were
-# measured on shared cores.
-LARGEST_RATIO = 8.0
+# A guard against getting slower, with room for other work on the machine. The aim is 3, which two
+# idle cores meet: 1.9 and 3.0.
+LARGEST_RATIO = 4.0
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

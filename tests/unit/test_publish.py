@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vopd import publish
 from megatron_vopd.inert_pickle import Inert, PickleRefusedError, read_inert
 from megatron_vopd.publish import PublishError, staging_folder, verify_manifest
 from tests.tools import load_tool
@@ -121,8 +122,11 @@ def test_help_has_examples(tool: str, capsys: pytest.CaptureFixture[str]) -> Non
     assert f"python tools/{tool}.py" in text.split("examples:")[1]
 
 
-def test_a_large_piece_outlives_the_small_ones_after_it(tmp_path: Path) -> None:
+def test_a_large_piece_outlives_the_small_ones_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Small pieces do not end the hold on a large one that is still being written."""
+    monkeypatch.setattr(publish, "_UNDER_WAY", 2**20)
     held: list[int] = []
 
     class Owner:
