@@ -107,8 +107,6 @@ WAYS = {
     "a rank is killed": (1, signal.SIGKILL, "rank 0: another rank is gone or hangs"),
     "the first rank is killed": (0, signal.SIGKILL, "rank 1: another rank is gone or hangs"),
     "a rank is stopped": (1, signal.SIGSTOP, "rank 0: another rank is gone or hangs"),
-    "Ctrl-C": (None, signal.SIGINT, "interrupted; what was recorded is in the run folder"),
-    "SIGTERM": (None, signal.SIGTERM, "interrupted; what was recorded is in the run folder"),
 }
 
 
@@ -129,6 +127,23 @@ def test_deaths(way: str, root: Path, running: Any) -> None:
     assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
     steps = _steps(root, name)
     assert steps == list(range(1, len(steps) + 1))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_saves(how: signal.Signals, root: Path, running: Any) -> None:
+    """Ctrl-C and SIGTERM end a run between two steps, with all that it recorded in a checkpoint."""
+    launcher, ranks, folder = running(how.name)
+    begin = time.monotonic()
+    os.kill(launcher.pid, how)
+    launcher.wait(timeout=90)
+    print(f"\n{how.name}: {time.monotonic() - begin:.1f} s")
+    assert not _own_lines(folder)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in ranks)
+    steps = _steps(root, how.name)
+    assert steps == list(range(1, len(steps) + 1))
+    status = json.loads((root / "runs" / how.name / "status.json").read_text())
+    assert (status["reason"], status["requeue"]) == ("preempted", True)
+    assert status["last_checkpoint"] == f"step_{steps[-1]}"
 
 
 def test_full_disk(root: Path) -> None:
