@@ -240,16 +240,6 @@ def destroy_groups() -> None:
     parallel_state.destroy_model_parallel()
 
 
-def all_gather_shards(shard: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
-    """The equally shaped shards of all ranks of `group`, in rank order, on every rank."""
-    if group.size() == 1:
-        return [shard]
-    shard = shard.contiguous()
-    shards = [torch.empty_like(shard) for _ in range(group.size())]
-    dist.all_gather(shards, shard, group=group)
-    return shards
-
-
 def broadcast_from_position(
     tensor: torch.Tensor, position: int, group: dist.ProcessGroup
 ) -> torch.Tensor:

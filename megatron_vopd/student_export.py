@@ -58,27 +58,29 @@ def _write(
     student: Student,
     tensors: Iterator[tuple[str, Tensor]],
 ) -> None:
-    """All tensors on every rank, to the files on rank 0; an error there is kept to the end."""
-    error: Exception | None = None
-    for plan in files:
-        shapes = plan.shapes(student.facts)
-        with ExitStack() as stack:
-            out = None
-            if dist.get_rank() == 0 and error is None:
-                out = stack.enter_context(staging.create(plan.name))
-                out.write(header_bytes(shapes, student.options.dtype))
-            for expected in shapes:
-                name, tensor = next(tensors)
-                assert name == expected, (name, expected)
-                if out is not None and error is None:
-                    try:
-                        values = tensor.cpu().contiguous()
-                        out.write(as_bytes(values).numpy())
-                        out.hold(values)
-                    except Exception as caught:
-                        error = caught
-    if error is not None:
-        raise error
+    """All tensors on every rank, to the files on rank 0."""
+    try:
+        if dist.get_rank() == 0:
+            for plan in files:
+                _write_file(staging, plan, student, tensors)
+    finally:
+        # All ranks walk to the end, whatever happened to a file here: nobody waits for this one.
+        for _ in tensors:
+            pass
+
+
+def _write_file(
+    staging: Staging, plan: FilePlan, student: Student, tensors: Iterator[tuple[str, Tensor]]
+) -> None:
+    shapes = plan.shapes(student.facts)
+    with staging.create(plan.name) as out:
+        out.write(header_bytes(shapes, student.options.dtype))
+        for expected in shapes:
+            name, tensor = next(tensors)
+            assert name == expected, (name, expected)
+            values = tensor.cpu().contiguous()
+            out.write(as_bytes(values).numpy())
+            out.hold(values)
 
 
 def _finish(staging: Staging, files: list[FilePlan], student: Student, source_dir: Path) -> None:
