@@ -93,7 +93,8 @@ def test_a_torn_line_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     before = path.read_bytes()
     assert main(["report", str(folder)]) == 0
     captured = capsys.readouterr()
-    assert "4 recorded steps" in captured.out and captured.err.count("\n") == 1 and "torn" in captured.err
+    assert "4 recorded steps" in captured.out
+    assert captured.err.count("\n") == 1 and "torn" in captured.err
     assert "torn" in (folder / "report.html").read_text()
     assert path.read_bytes() == before, "the run may still be writing"
 
