@@ -23,9 +23,8 @@ from megatron_vopd.config import Config
 from megatron_vopd.config.schema import TeacherSection
 from megatron_vopd.config.world import layouts
 from megatron_vopd.curriculum import build_curriculum
-from megatron_vopd.data import PromptTokenizer, TrainingPrompts, load_training_prompts
+from megatron_vopd.data import PromptTokenizer
 from megatron_vopd.grading import Grader
-from megatron_vopd.hf_folder import read_model_folder
 from megatron_vopd.hf_mapping import LayerSpec
 from megatron_vopd.hub import local_model_folder
 from megatron_vopd.model import ModelOptions
@@ -33,13 +32,12 @@ from megatron_vopd.model_facts import ModelError
 from megatron_vopd.parallel import Groups, in_step, independent_groups, student_groups
 from megatron_vopd.preflight import preflight
 from megatron_vopd.problems import ConfigError, Problem, shown
-from megatron_vopd.prompt_stream import PromptStream
-from megatron_vopd.responses import load_responses
 from megatron_vopd.rollout.choose import make_engine
 from megatron_vopd.rollout.engine import Engine, PushReport
 from megatron_vopd.run_checkpoint import RunCheckpoints
 from megatron_vopd.run_log import MetricsWriter
 from megatron_vopd.run_resume import Resume
+from megatron_vopd.run_sources import load_sources
 from megatron_vopd.run_start import begin, record_config, run_identity
 from megatron_vopd.scoring import sequence_logprobs
 from megatron_vopd.settings import step_settings
@@ -133,6 +131,9 @@ class _Sink:
             known |= self.pusher.report.metrics()
         self.writer.record(step, known | values)
 
+    def say(self, text: str) -> None:
+        self.writer.say(text)
+
 
 def longest_wait_seconds(config: Config) -> float:
     """After which a rank that waits for the others says that one is gone."""
@@ -225,7 +226,9 @@ def _assembled(
     settings = step_settings(config, ends, run_dir / "skipped" if stand_in is None else None)
     tokenizer = in_step(lambda: PromptTokenizer.of(config.student))
     # Before the models, which take longer: a mistake in the data is told soon.
-    sources = in_step(lambda: _sources(config, tokenizer, ends, student_dir))
+    sources = in_step(lambda: load_sources(config, tokenizer, ends, student_dir))
+    if sources.summary:
+        _announce(config, sources.summary)
     student, teachers = _models(config, device, student_dir)
     vocab_size = min(model.facts.vocab_size for model in (student, *teachers.values()))
     engine, pusher = stand_in, None
@@ -312,32 +315,6 @@ def _loaded(key: str, folder: str, load: Callable[[], Model]) -> Model:
     except ModelError as error:
         expected = "a model folder with all its weights"
         raise _refused(f"{key}.path", shown(folder), expected, str(error)) from None
-
-
-@dataclass(frozen=True)
-class _Sources:
-    prompts: TrainingPrompts
-    responses: Any
-
-
-def _sources(
-    config: Config, tokenizer: PromptTokenizer, ends: tuple[int, ...], student_dir: str
-) -> _Sources:
-    """Prompts to answer, and ready responses, as far as the objective's prefixes need them."""
-    responses, asks = None, "student" in config.objective.prefix_fractions
-    if set(config.objective.prefix_fractions) - {"student"}:
-        longest = read_model_folder(student_dir).facts.max_positions
-        context = min(longest, config.train.max_tokens_per_microbatch)
-        ready = load_responses(config, tokenizer, ends, context)
-        responses = PromptStream(ready.rollouts, config.run.seed)
-        if not asks and config.data.train is None:
-            given = [rollout.prompt for rollout in ready.rollouts]
-            unused = TrainingPrompts(PromptStream(given, config.run.seed), [], 0)
-            return _Sources(unused, responses)
-    prompts = load_training_prompts(config, tokenizer)
-    counts = f"{len(prompts.stream)} prompts, {prompts.num_too_long} left out as too long"
-    _announce(config, f"data: {counts}, {len(prompts.held_out)} held out")
-    return _Sources(prompts, responses)
 
 
 def _engine(
