@@ -314,6 +314,7 @@ def test_whatever_a_field_holds_it_loads_or_is_refused(
                 data__teacher_field="domain",
                 data__responses=path,
                 objective__prefix="dataset",
+                curriculum__kind="fixed",
                 data__evaluation=path,
             )
             for load in (
