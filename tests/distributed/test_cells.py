@@ -43,7 +43,7 @@ class Cell:
 
     @property
     def section(self) -> ObjectiveSection:
-        weight = {} if self.reverse_weight is None else {"reverse_weight": self.reverse_weight}
+        weight: Any = {"reverse_weight": self.reverse_weight} if self.direction == "mixed" else {}
         chosen: Any = {"prefix": self.prefix, "estimator": "exact", "direction": self.direction}
         return ObjectiveSection(**chosen, **weight)
 
@@ -145,7 +145,7 @@ def references() -> dict[Any, Any]:
 
 def test_cells_and_mixes(dirs: Any, references: dict[Any, Any]) -> None:
     case, distributed = STUDENTS["dp2"]
-    _check(Setup(case, *dirs, None, distributed), CELLS, references)
+    _check(Setup(case, dirs[0], dirs[1], None, distributed), CELLS, references)
 
 
 def test_the_ends_of_a_mix_are_the_pure_directions(dirs: Any) -> None:
@@ -156,7 +156,7 @@ def test_the_ends_of_a_mix_are_the_pure_directions(dirs: Any) -> None:
         (Cell("student", "mixed", 1.0), Cell("student", "reverse")),
     ]
     cells = [cell for pair in pairs for cell in pair]
-    found = spawn(_gradients, 2, Setup(case, *dirs, None, distributed), cells)[0]
+    found = spawn(_gradients, 2, Setup(case, dirs[0], dirs[1], None, distributed), cells)[0]
     for mixed, pure in (found[:2], found[2:]):
         assert all(torch.equal(mixed[2][name], pure[2][name]) for name in pure[2])
 
@@ -165,4 +165,4 @@ def test_the_ends_of_a_mix_are_the_pure_directions(dirs: Any) -> None:
 @pytest.mark.parametrize("name", STUDENTS)
 def test_every_cell_in_every_layout(name: str, dirs: Any, references: dict[Any, Any]) -> None:
     case, distributed = STUDENTS[name]
-    _check(Setup(case, *dirs, None, distributed), MORE_CELLS, references)
+    _check(Setup(case, dirs[0], dirs[1], None, distributed), MORE_CELLS, references)
