@@ -23,16 +23,9 @@ from megatron_vopd.config import Config
 from megatron_vopd.config.schema import TeacherSection
 from megatron_vopd.config.world import layouts
 from megatron_vopd.curriculum import build_curriculum
-from megatron_vopd.data import (
-    Prompts,
-    PromptTokenizer,
-    TrainingPrompts,
-    load_evaluation_prompts,
-    load_training_prompts,
-)
+from megatron_vopd.data import PromptTokenizer
 from megatron_vopd.evaluation import Evaluator
 from megatron_vopd.grading import Grader
-from megatron_vopd.hf_folder import read_model_folder
 from megatron_vopd.hf_mapping import LayerSpec
 from megatron_vopd.hub import local_model_folder
 from megatron_vopd.model import ModelOptions
@@ -46,14 +39,13 @@ from megatron_vopd.parallel import (
 )
 from megatron_vopd.preflight import preflight
 from megatron_vopd.problems import ConfigError, Problem, shown
-from megatron_vopd.prompt_stream import PromptStream
-from megatron_vopd.responses import load_responses
 from megatron_vopd.rollout.engine import Engine, Progress
 from megatron_vopd.run_checkpoint import RunCheckpoints
 from megatron_vopd.run_engine import Pusher, make_run_engine, run_probe
 from megatron_vopd.run_folder import step_dir
 from megatron_vopd.run_log import MetricsWriter
 from megatron_vopd.run_resume import Resume
+from megatron_vopd.run_sources import load_sources
 from megatron_vopd.run_start import begin, record_config, run_identity
 from megatron_vopd.settings import StepSettings, step_settings
 from megatron_vopd.stop_ids import stop_ids
@@ -126,6 +118,9 @@ class _Sink:
         if self.pusher is not None and self.pusher.report is not None:
             known |= self.pusher.report.metrics()
         self.writer.record(step, known | values)
+
+    def say(self, text: str) -> None:
+        self.writer.say(text)
 
 
 def longest_wait_seconds(config: Config) -> float:
@@ -237,7 +232,9 @@ def _assembled(
     settings = step_settings(config, ends, run_dir / "skipped" if stand_in is None else None)
     tokenizer = in_step(lambda: PromptTokenizer.of(config.student))
     # Before the models, which take longer: a mistake in the data is told soon.
-    sources = in_step(lambda: _sources(config, tokenizer, ends, student_dir))
+    sources = in_step(lambda: load_sources(config, tokenizer, ends, student_dir))
+    for line in sources.summary:
+        _announce(config, line)
     student, teachers = _models(config, device, student_dir)
     vocab_size = min(model.facts.vocab_size for model in (student, *teachers.values()))
     engine, pusher = stand_in, None
@@ -336,39 +333,6 @@ def _loaded(key: str, folder: str, load: Callable[[], Model]) -> Model:
     except ModelError as error:
         expected = "a model folder with all its weights"
         raise _refused(f"{key}.path", shown(folder), expected, str(error)) from None
-
-
-@dataclass(frozen=True)
-class _Sources:
-    prompts: TrainingPrompts
-    responses: Any
-    problems: dict[str, Prompts]
-
-
-def _sources(
-    config: Config, tokenizer: PromptTokenizer, ends: tuple[int, ...], student_dir: str
-) -> _Sources:
-    """Prompts to answer, and ready responses, as far as the objective's prefixes need them; then
-    the problems of the evaluation.
-    """
-    problems = load_evaluation_prompts(config, tokenizer) if config.evaluates else {}
-    for task, found in problems.items():
-        counts = f"{len(found.prompts)} problems, {found.num_too_long} left out as too long"
-        _announce(config, f"evaluation: {task}, {counts}")
-    responses = None
-    if set(config.objective.prefix_fractions) - {"student"}:
-        longest = read_model_folder(student_dir).facts.max_positions
-        context = min(longest, config.train.max_tokens_per_microbatch)
-        ready = load_responses(config, tokenizer, ends, context)
-        responses = PromptStream(ready.rollouts, config.run.seed)
-        if not config.has_rollouts and config.data.train is None:
-            given = [rollout.prompt for rollout in ready.rollouts]
-            unused = TrainingPrompts(PromptStream(given, config.run.seed), [], 0)
-            return _Sources(unused, responses, problems)
-    prompts = load_training_prompts(config, tokenizer)
-    counts = f"{len(prompts.stream)} prompts, {prompts.num_too_long} left out as too long"
-    _announce(config, f"data: {counts}, {len(prompts.held_out)} held out")
-    return _Sources(prompts, responses, problems)
 
 
 def _grader(tokenizer: PromptTokenizer, stack: ExitStack) -> GradeRollout:

@@ -22,7 +22,14 @@ from megatron_vopd.config.method import CurriculumSection
 
 
 class Curriculum(Protocol):
-    """What training asks of a curriculum."""
+    """What training asks of a curriculum.
+
+    Attributes:
+        remark: what the last `update` or `load_state_dict` did and why, one line for the reader;
+            empty when it did nothing worth telling.
+    """
+
+    remark: str
 
     @property
     def max_response_tokens(self) -> int:
@@ -62,6 +69,22 @@ def _checked_ladder(ladder: Sequence[int]) -> tuple[int, ...]:
     return tuple(ladder)
 
 
+def _rung(stage: int, ladder: Sequence[int]) -> str:
+    return f"{ladder[stage]} tokens (rung {stage + 1} of {len(ladder)})"
+
+
+def _ladder_remark(state: dict[str, Any], stage: int, ladder: Sequence[int]) -> str:
+    """What a ladder other than the checkpoint's means for the run."""
+    before, length = state.get("ladder"), state["max_response_tokens"]
+    if before is None or list(before) == list(ladder):
+        return ""
+    stays = f"responses stay at {_rung(stage, ladder)}"
+    if ladder[stage] != length:
+        near = "longest rung below" if ladder[stage] < length else "first rung, as none is below"
+        stays = f"responses go from {length} to {_rung(stage, ladder)}, the {near} {length}"
+    return f"curriculum: the ladder was {list(before)} and is {list(ladder)}; {stays}"
+
+
 class EntropyGatedLength:
     """The next rung when the student's entropy is high enough; otherwise the current one holds.
 
@@ -89,6 +112,7 @@ class EntropyGatedLength:
         ema: float = 0.0,
     ) -> None:
         self._ladder = _checked_ladder(ladder)
+        self.remark = ""
         if min_entropy is None and min_entropy_fraction is None:
             raise ValueError("min_entropy: expected it or min_entropy_fraction, got neither")
         for name, value in (("min_entropy", min_entropy), ("fraction", min_entropy_fraction)):
@@ -149,20 +173,41 @@ class EntropyGatedLength:
         assert threshold is not None
         last = self._stage == len(self._ladder) - 1
         stayed = step - self._stage_start >= self._interval
+        before = self._stage
         if stayed and not last and self._entropy >= threshold:
             self._stage, self._stage_start, self._restarts = self._stage + 1, step, True
+        self.remark = self._told(step, entropy, threshold, before, stayed)
+
+    def _told(self, step: int, measured: float, threshold: float, before: int, stayed: bool) -> str:
+        """The check in one line: measurement, threshold, and why the length grows or holds."""
+        assert self._entropy is not None
+        sign = ">=" if self._entropy >= threshold else "<"
+        smoothed = f" (measured {measured:.4f}, smoothed)" if self._ema else ""
+        if self._stage > before:
+            outcome = f"responses grow to {_rung(self._stage, self._ladder)}"
+        else:
+            why = "" if sign == "<" else ", the last" if stayed else ", until its interval is over"
+            outcome = f"holds at {_rung(self._stage, self._ladder)}{why}"
+        relative = self._min_entropy is None
+        first = f" ({self._fraction:g} of the first)" if relative else ""
+        compared = f"entropy {self._entropy:.4f}{smoothed} {sign} {threshold:.4f} nats{first}"
+        return f"curriculum after step {step}: {compared}: {outcome}"
 
     def metrics(self) -> dict[str, float]:
-        """Stage, length, and the smoothed entropy once there is one."""
-        return _metrics(self._stage, self.max_response_tokens, self._entropy)
+        """Stage, length, and the smoothed entropy and the threshold once there are."""
+        found = _metrics(self._stage, self.max_response_tokens, self._entropy)
+        if self._entropy is not None and self.threshold is not None:
+            found["curriculum/threshold"] = self.threshold
+        return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Stage and its length, start and last check (steps), smoothed and first entropy (nats).
+        """Stage, ladder, length; start and last check (steps); smoothed and first entropy (nats).
 
         `restarts`: the next measurement is the first of its stage.
         """
         return {
             "stage": self._stage,
+            "ladder": list(self._ladder),
             "max_response_tokens": self.max_response_tokens,
             "stage_start": self._stage_start,
             "last_check": self._last_check,
@@ -183,6 +228,7 @@ class EntropyGatedLength:
         self._stage_start = state.get("stage_start", self._last_check)
         self._entropy, self._first_entropy = state.get("entropy"), state.get("first_entropy")
         self._restarts = state.get("restarts", True) or self.max_response_tokens != length
+        self.remark = _ladder_remark(state, self._stage, self._ladder)
 
 
 class FixedLength:
@@ -192,6 +238,7 @@ class FixedLength:
 
     def __init__(self, ladder: Sequence[int]) -> None:
         self._ladder = _checked_ladder(ladder)
+        self.remark = ""
 
     @property
     def max_response_tokens(self) -> int:
@@ -208,10 +255,17 @@ class FixedLength:
         return _metrics(len(self._ladder) - 1, self.max_response_tokens, None)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"max_response_tokens": self.max_response_tokens, "last_check": 0}
+        return {
+            "ladder": list(self._ladder),
+            "max_response_tokens": self.max_response_tokens,
+            "last_check": 0,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing."""
+        """Nothing, but that the length may be another one than before."""
+        before, after = state["max_response_tokens"], self.max_response_tokens
+        told = f"curriculum: the length was fixed at {before} and is {after} tokens"
+        self.remark = told if before != after else ""
 
 
 class LinearLength:
@@ -223,6 +277,7 @@ class LinearLength:
         self._ladder = _checked_ladder(ladder)
         if interval < 1:
             raise ValueError(f"interval: expected >= 1, got {interval}")
+        self.remark = ""
         self._interval = interval
         self._stage = 0
         self._last_check = 0
@@ -237,21 +292,31 @@ class LinearLength:
 
     def update(self, step: int, entropy: float | None = None) -> None:
         """Advance if the stage has lasted its interval."""
-        if self.due(step):
-            self._stage = min(self._stage + 1, len(self._ladder) - 1)
-            self._last_check = step
+        self.remark = ""
+        if not self.due(step):
+            return
+        self._last_check = step
+        if self._stage < len(self._ladder) - 1:
+            self._stage += 1
+            grown = _rung(self._stage, self._ladder)
+            self.remark = f"curriculum after step {step}: interval over: responses grow to {grown}"
 
     def metrics(self) -> dict[str, float]:
         return _metrics(self._stage, self.max_response_tokens, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Length of the stage and step of the last check."""
-        return {"max_response_tokens": self.max_response_tokens, "last_check": self._last_check}
+        """Ladder, length of the stage and step of the last check."""
+        return {
+            "ladder": list(self._ladder),
+            "max_response_tokens": self.max_response_tokens,
+            "last_check": self._last_check,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Go on from `state`; a changed ladder as in EntropyGatedLength."""
         self._stage = _stage_of(state["max_response_tokens"], self._ladder)
         self._last_check = state["last_check"]
+        self.remark = _ladder_remark(state, self._stage, self._ladder)
 
 
 def _stage_of(length: int, ladder: Sequence[int]) -> int:

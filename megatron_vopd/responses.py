@@ -3,6 +3,8 @@
 A record holds the prompt, as in `data.train`, and one of
     response       text; an end-of-sequence id is added unless `finish_reason` is "length"
     response_ids   token ids as they were sampled, taken as they are
+
+and may hold the `prompt_ids` that the response was generated after; they are compared.
 """
 
 from __future__ import annotations
@@ -27,7 +29,11 @@ class Responses:
 
 
 def load_responses(
-    config: Config, tokenizer: PromptTokenizer, stop_ids: Sequence[int], context: int
+    config: Config,
+    tokenizer: PromptTokenizer,
+    stop_ids: Sequence[int],
+    context: int,
+    vocab_size: int | None = None,
 ) -> Responses:
     """`data.responses` as rollouts that no engine sampled (no log-probs, policy version -1).
 
@@ -35,15 +41,18 @@ def load_responses(
         stop_ids: of `stop_ids.stop_ids`; a text that stops gets the tokenizer's own end if it is
             one of them, else the first.
         context: most tokens that prompt and response may have together.
+        vocab_size: of the models: ids are below it; None: the tokenizer's.
 
     Raises:
-        DataError: a record without response, with a wrong type or id, or longer than `context`.
+        DataError: a record without response, with a wrong type or id, longer than `context`, or
+            generated for other prompt ids than the student's template gives.
     """
     path, key = config.data.responses, "data.responses"
     if path is None:
         raise DataError(key, "nothing", "ready responses", "set it to a path or hub id")
     rollouts: list[Rollout] = []
     num_records = 0
+    vocab_size = vocab_size or len(tokenizer.tokenizer)
     for batch in batches(read_records(path, key)):
         num_records += len(batch)
         for record, ids in zip(batch, tokenizer.prompt_ids(batch, config), strict=True):
@@ -51,7 +60,8 @@ def load_responses(
                 continue
             answer = answer_of(record, config.data.answer_field, False)
             prompt = Prompt(record.name, ids, answer, teacher_of(record, config))
-            rollouts.append(_ready(record, prompt, tokenizer, stop_ids, context))
+            _require_same_prompt(record, ids)
+            rollouts.append(_ready(record, prompt, tokenizer, stop_ids, context, vocab_size))
     if not rollouts:
         got = f"{num_records} records, every prompt too long" if num_records else "no records"
         raise DataError(key, got, "at least one response", "give a file with records")
@@ -64,10 +74,11 @@ def _ready(
     tokenizer: PromptTokenizer,
     stop_ids: Sequence[int],
     context: int,
+    vocab_size: int,
 ) -> Rollout:
     given = record.fields.get("response_ids")
     if given is not None:
-        response = _given_ids(record, len(tokenizer.tokenizer))
+        response = _given_ids(record, vocab_size)
         finish: FinishReason = "stop" if response[-1] in stop_ids else "length"
     else:
         response, finish = _text_ids(record, tokenizer, stop_ids)
@@ -79,6 +90,20 @@ def _ready(
             "remove the record, or shorten its response and give finish_reason length",
         )
     return Rollout(prompt, 0, tokenizer.shared(response), None, finish, -1)
+
+
+def _require_same_prompt(record: Record, ids: Sequence[int]) -> None:
+    """A response was generated after these prompt ids and no others, where the record says so."""
+    generated = record.fields.get("prompt_ids")
+    if generated is None or list(ids) == generated:
+        return
+    size = len(generated) if isinstance(generated, list) else "no list of"
+    raise DataError(
+        f"{record.name} prompt_ids",
+        f"{size} ids that are not those of its prompt",
+        f"the {len(ids)} ids that the student's tokenizer and chat template give",
+        "generate with the student's tokenizer and template, or remove the field prompt_ids",
+    )
 
 
 def _given_ids(record: Record, vocabulary_size: int) -> list[int]:

@@ -189,6 +189,8 @@ class RunCheckpoints:
             self.say(f"{folder}: was saved by another layout; random states start anew")
         set_num_updates(self.student, state["num_updates"])
         in_step(lambda: self.trainer.load_state_dict(state["trainer"]))
+        if self.trainer.curriculum.remark:
+            self.say(self.trainer.curriculum.remark)
         return state["extra"]
 
     def _checked_state(self, folder: Path) -> dict[str, Any]:

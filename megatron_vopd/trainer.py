@@ -42,9 +42,11 @@ PHASES = ("rollout", "teacher", "forward_backward", "optimizer", "weight_sync", 
 
 
 class MetricsSink(Protocol):
-    """Where a step's metrics go; on one rank."""
+    """Where a step's metrics go, and lines for the reader; on one rank."""
 
     def record(self, step: int, values: dict[str, float]) -> None: ...
+
+    def say(self, text: str) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -205,6 +207,8 @@ class Trainer:
         if curriculum.due(self.step):
             entropy = self._held_out_entropy() if curriculum.needs_entropy else None
             curriculum.update(self.step, entropy)
+            if self.sink is not None and curriculum.remark:
+                self.sink.say(curriculum.remark)
         return curriculum.max_response_tokens
 
     def _held_out_entropy(self) -> float:

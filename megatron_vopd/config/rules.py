@@ -200,6 +200,14 @@ def _curriculum(config: Config) -> Iterator[Problem]:
             "remove curriculum.min_entropy or curriculum.min_entropy_fraction",
             ("curriculum.min_entropy_fraction",),
         )
+    if curriculum.kind == "entropy_gated" and "student" not in config.objective.prefix_fractions:
+        yield Problem(
+            "curriculum.kind",
+            "entropy_gated",
+            "fixed or linear without rollouts: the entropy is that of the student's own responses",
+            "set curriculum.kind=fixed, or give objective.prefix a share of student",
+            ("objective.prefix",),
+        )
     longest = config.data.max_prompt_tokens + max(ladder)
     if longest > config.train.max_tokens_per_microbatch:
         yield Problem(

@@ -30,7 +30,8 @@ class Host:
 
         register()
         self._connection = connection
-        transfer = WeightTransferConfig(backend=settings.pop("transfer_backend"))
+        backend = settings.pop("transfer_backend", None)  # None: its weights come from a folder
+        transfer = None if backend is None else WeightTransferConfig(backend=backend)
         self._llm: Any = LLM(weight_transfer_config=transfer, **settings)
         self._next_request = 0
 

@@ -19,12 +19,12 @@ class LocalSettings:
     """How an engine is started.
 
     Attributes:
-        model_dir: HF folder; its config is read, its weights are not.
+        model_dir: HF folder; its config is read, and with `reads_weights` its weights are.
         log_path: vLLM's output is appended here.
         max_model_len: longest prompt and response together.
         dtype: of weights and activations, as torch names it.
         device: "cpu" or "cuda".
-        tp: tensor-parallel size of the engine; on GPUs 1, since weights come from one GPU by IPC.
+        tp: tensor-parallel size of the engine; on GPUs 1 when weights come from one GPU by IPC.
         gpu: for CUDA_VISIBLE_DEVICES, the trainer's own; None: as inherited.
         seed: of the engine itself; responses have seeds of their own.
         start_seconds: until the engine has started (on a GPU minutes); less than the timeout of the
@@ -37,6 +37,7 @@ class LocalSettings:
         cpu_threads: of a CPU engine, per worker; 0: all cores over the workers.
         prefix_caching: keep keys and values of prompts between requests.
         block_size: tokens per block of the cache; None: vLLM's choice.
+        reads_weights: vLLM reads the folder's weights and takes no pushes (`vllm_frozen`).
     """
 
     model_dir: str
@@ -56,9 +57,10 @@ class LocalSettings:
     cpu_threads: int = 0
     prefix_caching: bool = True
     block_size: int | None = None
+    reads_weights: bool = False
 
     def __post_init__(self) -> None:
-        if self.device != "cpu" and self.tp > 1:
+        if self.device != "cpu" and self.tp > 1 and not self.reads_weights:
             raise UserError(
                 f"rollout.tp: got {self.tp}, expected 1 for rollout.engine=local on GPUs, where "
                 "an engine shares its trainer's GPU; set rollout.tp=1 or rollout.engine=server"
@@ -73,7 +75,7 @@ class LocalSettings:
             "seed": self.seed,
             "tensor_parallel_size": self.tp,
             "max_model_len": self.max_model_len,
-            "load_format": "dummy",
+            "load_format": "auto" if self.reads_weights else "dummy",
             "skip_tokenizer_init": True,
             "generation_config": "vllm",
             "logprobs_mode": "processed_logprobs",
@@ -81,8 +83,9 @@ class LocalSettings:
             "enforce_eager": not on_gpu,
             "disable_log_stats": True,
             "trust_remote_code": False,
-            "transfer_backend": "ipc" if on_gpu else BACKEND,
         }
+        if not self.reads_weights:
+            arguments["transfer_backend"] = "ipc" if on_gpu else BACKEND
         if self.block_size is not None:
             arguments["block_size"] = self.block_size
         if on_gpu:

@@ -74,7 +74,8 @@ def token_losses(
 
     Args:
         kind: opd, vopd_full, vopd_topk, vopd_topk_tail, vopd_optimal (sampled); reverse, forward,
-            mixed, topk_reverse, hard; gated (vopd_full, and forward KL above GATE).
+            mixed (or mixed:WEIGHT, of the reverse KL), topk_reverse, hard; gated (vopd_full, and
+            forward KL above GATE).
     """
     log_p = student_TV.log_softmax(-1)
     chosen = log_p.gather(-1, labels_T[:, None])[:, 0]
@@ -90,8 +91,9 @@ def token_losses(
         return reverse, sums
     if kind == "forward":
         return forward, sums
-    if kind == "mixed":
-        return REVERSE_WEIGHT * reverse + (1 - REVERSE_WEIGHT) * forward, sums
+    if kind.startswith("mixed"):
+        weight = float(kind.partition(":")[2] or REVERSE_WEIGHT)
+        return weight * reverse + (1 - weight) * forward, sums
     if kind == "topk_reverse":
         return _renormalised(student_TV, teacher_TV, topk), sums
     with torch.no_grad():

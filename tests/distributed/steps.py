@@ -100,6 +100,7 @@ class FixedLength:
     """A curriculum that never moves."""
 
     needs_entropy = False
+    remark = ""
 
     def __init__(self, max_response_tokens: int = 64) -> None:
         self.max_response_tokens = max_response_tokens

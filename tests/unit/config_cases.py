@@ -59,7 +59,12 @@ def refusal(folder: Path, text: str | bytes, *overrides: str) -> str:
 FINE = [
     {"rollout.temperature": 0.7, "objective.allow_biased_sampling": True},
     {"rollout.temperature": 0.7, "objective.estimator": "exact"},
-    {"rollout.temperature": 0.7, "objective.prefix": "dataset", "data.responses": "org/data"},
+    {
+        "rollout.temperature": 0.7,
+        "objective.prefix": "dataset",
+        "data.responses": "org/data",
+        "curriculum.kind": "fixed",
+    },
     {"objective.estimator": "exact", "objective.direction": "mixed", "objective.reverse_weight": 1},
     {"objective.baseline": "none", "objective.reward_floor": 0.2},
     {"objective.task_reward_weight": 1.0, "rollout.samples_per_prompt": 4},
@@ -69,6 +74,7 @@ FINE = [
         "data.responses": "org/data",
         "teacher": None,
         "data.train": None,
+        "curriculum.kind": "linear",
     },
     {"objective.prefix": {"student": 0.5, "dataset": 0.5}, "data.responses": "org/data"},
     {

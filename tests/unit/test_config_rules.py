@@ -22,7 +22,16 @@ RULES = [
     ({"objective.reward_floor": 0.2}, "objective.reward_floor", "objective.baseline=none"),
     ({"objective.task_reward_weight": 1.0}, "objective.task_reward_weight", "samples_per_prompt"),
     ({"objective.estimator": "hard"}, "objective.prefix", "set objective.prefix=dataset"),
-    ({"objective.prefix": "dataset"}, "data.responses", "set data.responses"),
+    (
+        {"objective.prefix": "dataset", "curriculum.kind": "fixed"},
+        "data.responses",
+        "set data.responses",
+    ),
+    (
+        {"objective.prefix": "teacher", "data.responses": "org/data"},
+        "curriculum.kind",
+        "set curriculum.kind=fixed",
+    ),
     ({"data.train": None}, "data.train", "set data.train"),
     ({"teacher": None}, "teacher.path", "set teacher.path"),
     ({"teachers": {"m": {"path": "a/b"}}}, "teacher", "exactly one"),

@@ -81,7 +81,38 @@ def test_metrics_say_what_was_compared() -> None:
         "curriculum/stage": 1,
         "curriculum/max_response_tokens": 256,
         "curriculum/entropy": 0.75,
+        "curriculum/threshold": 0.5,
     }
+
+
+def test_the_reader_is_told_what_was_compared_and_what_follows() -> None:
+    gate = EntropyGatedLength((8, 16), interval=10, ema=0.5)
+    assert gate.remark == ""
+    told = []
+    for step, entropy in ((4, 1.0), (10, 0.2), (20, 0.8), (30, 0.9)):
+        gate.update(step, entropy)
+        told.append(gate.remark)
+    assert told == [
+        "curriculum after step 4: entropy 1.0000 (measured 1.0000, smoothed) >= 0.5000 nats "
+        "(0.5 of the first): holds at 8 tokens (rung 1 of 2), until its interval is over",
+        "curriculum after step 10: entropy 0.6000 (measured 0.2000, smoothed) >= 0.5000 nats "
+        "(0.5 of the first): responses grow to 16 tokens (rung 2 of 2)",
+        "curriculum after step 20: entropy 0.8000 (measured 0.8000, smoothed) >= 0.5000 nats "
+        "(0.5 of the first): holds at 16 tokens (rung 2 of 2), the last",
+        "curriculum after step 30: entropy 0.8500 (measured 0.9000, smoothed) >= 0.5000 nats "
+        "(0.5 of the first): holds at 16 tokens (rung 2 of 2), the last",
+    ]
+    absolute = EntropyGatedLength((8, 16), min_entropy=0.5, interval=10)
+    absolute.update(10, 0.3)
+    assert absolute.remark == (
+        "curriculum after step 10: entropy 0.3000 < 0.5000 nats: holds at 8 tokens (rung 1 of 2)"
+    )
+    linear = LinearLength((8, 16), 10)
+    linear.update(10)
+    grown = "curriculum after step 10: interval over: responses grow to 16 tokens (rung 2 of 2)"
+    assert linear.remark == grown
+    linear.update(20)
+    assert linear.remark == ""
 
 
 ENTROPIES = [1.0, 0.8, 0.4, 0.45, 0.7, 0.3, 0.6, 0.9, 0.2]
@@ -113,23 +144,32 @@ def test_a_restart_anywhere_changes_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ladder", "length", "next_length"),
+    ("ladder", "length", "next_length", "told"),
     [
-        ((128, 256, 512), 256, 512),  # shorter at the end
-        ((64, 128, 256, 384), 256, 384),  # a rung below, another above
-        ((200, 400), 200, 400),  # no such length: the longest below it
-        ((300, 600), 300, 600),  # nothing below: the first
-        ((128, 256), 256, 256),  # now at the end
+        (LADDER, 256, 512, None),
+        # Shorter at the end.
+        ((128, 256, 512), 256, 512, "responses stay at 256 tokens (rung 2 of 3)"),
+        # A rung below, another above.
+        ((64, 128, 256, 384), 256, 384, "responses stay at 256 tokens (rung 3 of 4)"),
+        # No such length: the longest below it; nothing below: the first.
+        ((200, 400), 200, 400, "go from 256 to 200 tokens (rung 1 of 2), the longest rung below"),
+        ((300, 600), 300, 600, "go from 256 to 300 tokens (rung 1 of 2), the first rung, as none"),
+        ((128, 256), 256, 256, "responses stay at 256 tokens (rung 2 of 2)"),
     ],
 )
-def test_a_changed_ladder_keeps_the_length(
-    ladder: tuple[int, ...], length: int, next_length: int
+def test_a_changed_ladder_keeps_the_length_and_is_told(
+    ladder: tuple[int, ...], length: int, next_length: int, told: str | None
 ) -> None:
     before = EntropyGatedLength(LADDER, min_entropy=0.5, interval=10, ema=0.9)
     before.update(10, 1.0)
     before.update(20, 0.2)
     after = EntropyGatedLength(ladder, min_entropy=0.5, interval=10, ema=0.9)
     after.load_state_dict(before.state_dict())
+    start = f"curriculum: the ladder was {list(LADDER)} and is {list(ladder)}; "
+    assert after.remark.startswith(start) and told in after.remark if told else not after.remark
+    linear = LinearLength(ladder, 10)
+    linear.load_state_dict(before.state_dict())
+    assert linear.remark == after.remark
     assert after.max_response_tokens == length and not after.due(29) and after.due(30)
     after.update(30, 0.6)
     same = length == before.max_response_tokens
@@ -169,6 +209,7 @@ def test_switching_the_kind_on_resume() -> None:
     fixed = FixedLength(LADDER)
     fixed.load_state_dict(gate.state_dict())
     assert fixed.max_response_tokens == 1024
+    assert fixed.remark == "curriculum: the length was fixed at 256 and is 1024 tokens"
 
 
 @pytest.mark.parametrize(

@@ -225,7 +225,8 @@ class TestResponses:
 
     def load(self, tmp_path: Path, chat: PromptTokenizer, *records: Any, context: int = 128) -> Any:
         path = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "Hi", **record} for record in records])
-        config = config_of(objective__prefix="dataset", data__responses=path)
+        fixed = {"objective__prefix": "dataset", "curriculum__kind": "fixed"}
+        config = config_of(data__responses=path, **fixed)
         return load_responses(config, chat, (ENDOFTEXT, IM_END), context)
 
     def test_text_and_ids(self, tmp_path: Path, chat: PromptTokenizer) -> None:
@@ -267,12 +268,24 @@ class TestResponses:
             ({"response_ids": [True]}, ["r.jsonl:1 response_ids"]),
             ({"response_ids": "ab"}, ["r.jsonl:1 response_ids"]),
             ({"response": "a" * 100}, ["r.jsonl:1", "101 response tokens", "at most 128"]),
+            (
+                {"response": "a", "prompt_ids": [1, 2]},
+                ["r.jsonl:1 prompt_ids", "2 ids that are not", "chat template"],
+            ),
+            ({"response": "a", "prompt_ids": "x"}, ["r.jsonl:1 prompt_ids", "no list of ids"]),
         ],
     )
     def test_bad_ones_are_named(
         self, record: Any, words: list[str], tmp_path: Path, chat: PromptTokenizer
     ) -> None:
         refused(lambda: self.load(tmp_path, chat, record), *words)
+
+    def test_prompt_ids_of_the_same_rendering_pass(
+        self, tmp_path: Path, chat: PromptTokenizer
+    ) -> None:
+        ids = chat.encoded([chat.rendered("Hi", "x")])[0]
+        record = {"response_ids": [64, 65], "prompt_ids": ids}
+        assert self.load(tmp_path, chat, record).rollouts[0].prompt.ids == tuple(ids)
 
     def test_shortened(self, tmp_path: Path, chat: PromptTokenizer) -> None:
         rollout = self.load(tmp_path, chat, {"response": "abcd"}).rollouts[0]
@@ -301,6 +314,7 @@ def test_whatever_a_field_holds_it_loads_or_is_refused(
                 data__teacher_field="domain",
                 data__responses=path,
                 objective__prefix="dataset",
+                curriculum__kind="fixed",
                 data__evaluation=path,
             )
             for load in (
