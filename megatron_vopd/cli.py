@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -18,7 +19,9 @@ from megatron_vopd.config import load_config
 from megatron_vopd.config.schema import Config
 from megatron_vopd.config.table import as_yaml, config_table_markdown
 from megatron_vopd.config.world import smallest_world
-from megatron_vopd.preflight import preflight
+from megatron_vopd.memory_estimate import Kind, Machine, estimate
+from megatron_vopd.memory_table import largest_line, memory_lines, memory_notice
+from megatron_vopd.preflight import Findings, preflight
 from megatron_vopd.problems import ConfigError, Problem, shown
 from megatron_vopd.report import write_report
 from megatron_vopd.types import Layout, UserError
@@ -31,8 +34,9 @@ Check a configuration without starting anything and without a GPU: every setting
 between settings, the parallel layouts, and the model folders (shape, context, tokenizer,
 end-of-sequence ids). Models and data given as hub ids are not downloaded, only listed.
 
-Prints the resolved configuration, the place of every rank in both layouts, and each problem on one
-line of standard error: `key: what was got, what is expected; what to do`.
+Prints the resolved configuration, the place of every rank in both layouts, what memory a rank will
+need, part by part, and each problem on one line of standard error: `key: what was got, what is
+expected; what to do`.
 Exit status: 0 nothing wrong, 2 problems."""
 
 _CHECK_EXAMPLES = """\
@@ -63,7 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return report(options.run_dir)
     if unknown:
         check_parser.error(f"unknown option {shown(unknown[0])}; settings are section.key=value")
-    return check(options.config, [*options.overrides, *surplus], options.world_size)
+    overrides = [*options.overrides, *surplus]
+    return check(options.config, overrides, options.world_size, options.gpu_memory)
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -99,6 +104,13 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         metavar="N",
         help="number of ranks (default: $WORLD_SIZE, else the fewest that the layouts need)",
     )
+    checking.add_argument(
+        "--gpu-memory",
+        type=_positive,
+        default=80.0,
+        metavar="GB",
+        help="memory of one GPU in 10^9 bytes (default 80)",
+    )
     reporting = commands.add_parser(
         "report",
         help="write report.html of a run: curves of its metrics",
@@ -115,8 +127,21 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
     return parser, checking
 
 
-def check(path: str, overrides: list[str], world_size: int | None) -> int:
-    """Print what `path` with `overrides` resolves to and everything that is wrong with it."""
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def check(
+    path: str, overrides: list[str], world_size: int | None, gpu_memory: float = 80.0
+) -> int:
+    """Print what `path` with `overrides` resolves to and everything that is wrong with it.
+
+    Args:
+        gpu_memory: of one GPU, 10^9 bytes.
+    """
     console = _console()
     try:
         config = load_config(path, overrides)
@@ -127,6 +152,8 @@ def check(path: str, overrides: list[str], world_size: int | None) -> int:
     findings = preflight(config, num_ranks)
     if findings.cuts:
         _print_ranks(console, findings.cuts, num_ranks, reason)
+    if not findings.problems and findings.cuts.keys() == findings.facts.keys():
+        _print_memory(console, config, findings, gpu_memory)
     for notice in findings.notices:
         console.print(Text(f"note: {notice}"), soft_wrap=True)
     if findings.problems:
@@ -223,6 +250,25 @@ def _print_ranks(console: Console, cuts: dict[str, Layout], num_ranks: int, reas
     console.print(table)
     if num_ranks > MAX_RANKS_SHOWN:
         console.print(Text(f"... and {num_ranks - MAX_RANKS_SHOWN} more ranks"))
+
+
+def _print_memory(
+    console: Console, config: Config, findings: Findings, gpu_memory: float
+) -> None:
+    """What the largest ranks need, and whether a GPU has it."""
+    on_cpu = config.parallel.device == "cpu"
+    kind: Kind = "cpu" if on_cpu else "local" if config.parallel.backend == "local" else "te"
+    machine = Machine(kind, gpu_memory * 1e9)
+    ranks = estimate(config, findings.facts, findings.cuts, machine)
+    console.print(Text("\nestimated memory, GiB; < marks the phase of the peak"))
+    for line in memory_lines(ranks):
+        console.print(Text(line), soft_wrap=True)
+    largest = max(ranks, key=lambda memory: memory.peak)
+    if not on_cpu:
+        console.print(Text(largest_line(largest, gpu_memory)), soft_wrap=True)
+    if not on_cpu and largest.peak > machine.memory:
+        notice = memory_notice(largest, gpu_memory)
+        console.print(Text(f"note: {notice}"), soft_wrap=True)
 
 
 def _is_shown(layout: Layout, axis: str) -> bool:

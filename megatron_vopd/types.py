@@ -16,6 +16,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 
+# Response tokens whose logits exist at a time, of both models.
+LOSS_CHUNK = 4096
+
+
 class UserError(ValueError):
     """A mistake of the user: one line that says what, where, expected and the remedy.
 
