@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -19,6 +20,7 @@ from megatron_vopd.config import load_config
 from megatron_vopd.config.schema import Config
 from megatron_vopd.config.table import as_yaml, config_table_markdown
 from megatron_vopd.config.world import smallest_world
+from megatron_vopd.exit_code import FINAL, clear, exit_code, run_dir_of
 from megatron_vopd.memory_estimate import Kind, Machine, estimate
 from megatron_vopd.memory_table import largest_line, memory_lines, memory_notice
 from megatron_vopd.preflight import Findings, preflight
@@ -47,6 +49,12 @@ examples:
   vopd check config.yaml 'objective.prefix={student: 0.5, dataset: 0.5}' data.responses=./r.jsonl"""
 
 
+_EXIT_HELP = """\
+Read status.json of the run and exit with 0 (done), 75 (stopped and saved: start it again),
+93 (do not start it again) or 1 (crashed, killed, or did not begin). Takes the configuration and
+the settings that were given to the training command; its own options are passed over."""
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     for stream in (sys.stdout, sys.stderr):
@@ -65,6 +73,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if surplus:
             parser.error(f"unknown argument {shown(surplus[0])}; vopd report takes one RUN_DIR")
         return report(options.run_dir)
+    if options.command == "exit-code":
+        return end_of_run(options.config, [*options.overrides, *surplus], options.clear)
     if unknown:
         check_parser.error(f"unknown option {shown(unknown[0])}; settings are section.key=value")
     overrides = [*options.overrides, *surplus]
@@ -78,17 +88,47 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         description="On-policy distillation on megatron-core and vLLM.",
         epilog="examples:\n  vopd check CONFIG      is this configuration sound?\n"
         "  vopd check --help      more about it\n"
-        "  vopd report RUN_DIR    curves of a run, as report.html",
+        "  vopd report RUN_DIR    curves of a run, as report.html\n"
+        "  vopd exit-code CONFIG  how the run ended, for launch scripts",
         formatter_class=plain,
     )
     parser.add_argument("--version", action="version", version=f"vopd {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
+    checking = _check_parser(commands)
+    reporting = commands.add_parser(
+        "report",
+        help="write report.html of a run: curves of its metrics",
+        description="Write RUN_DIR/report.html from RUN_DIR/metrics.jsonl: curves of accuracy, KL, "
+        "entropy, variance ratio, lengths, gradient norm and times in one file that needs no "
+        "network. Works while the run goes on.",
+    )
+    reporting.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
+    ending = commands.add_parser(
+        "exit-code",
+        help="how a run ended, as an exit status, for launch scripts",
+        description=_EXIT_HELP,
+        formatter_class=plain,
+    )
+    ending.add_argument("config", metavar="CONFIG", help="as given to the training command")
+    ending.add_argument("overrides", metavar="section.key=value", nargs="*", default=[])
+    ending.add_argument(
+        "--clear", action="store_true", help="before a start: forget how the last one ended"
+    )
+    commands.add_parser(
+        "config-table",
+        help="print all settings with values, defaults and meaning (Markdown)",
+        description="Print all settings as a Markdown table: values, defaults and meaning.",
+    )
+    return parser, checking
+
+
+def _check_parser(commands: Any) -> argparse.ArgumentParser:
     checking = commands.add_parser(
         "check",
         help="check a configuration and show where every rank goes",
         description=_CHECK_HELP,
         epilog=_CHECK_EXAMPLES,
-        formatter_class=plain,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     checking.add_argument("config", metavar="CONFIG", help="YAML file; see examples/")
     checking.add_argument(
@@ -111,20 +151,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         metavar="GB",
         help="memory of one GPU in 10^9 bytes (default 80)",
     )
-    reporting = commands.add_parser(
-        "report",
-        help="write report.html of a run: curves of its metrics",
-        description="Write RUN_DIR/report.html from RUN_DIR/metrics.jsonl: curves of accuracy, KL, "
-        "entropy, variance ratio, lengths, gradient norm and times in one file that needs no "
-        "network. Works while the run goes on.",
-    )
-    reporting.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
-    commands.add_parser(
-        "config-table",
-        help="print all settings with values, defaults and meaning (Markdown)",
-        description="Print all settings as a Markdown table: values, defaults and meaning.",
-    )
-    return parser, checking
+    return checking
 
 
 def _positive(text: str) -> float:
@@ -134,9 +161,7 @@ def _positive(text: str) -> float:
     return value
 
 
-def check(
-    path: str, overrides: list[str], world_size: int | None, gpu_memory: float = 80.0
-) -> int:
+def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: float = 80.0) -> int:
     """Print what `path` with `overrides` resolves to and everything that is wrong with it.
 
     Args:
@@ -160,6 +185,22 @@ def check(
         return _report(findings.problems)
     console.print(Text("no problems found", style="green"))
     return OK
+
+
+def end_of_run(path: str, overrides: list[str], is_clearing: bool) -> int:
+    """The exit status that a launch script should end with; with `is_clearing`, of clearing."""
+    settings = [text for text in overrides if not text.startswith("-")]
+    try:
+        run_dir = run_dir_of(path, settings)
+        if is_clearing:
+            clear(run_dir)
+            return OK
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return FINAL
+    code, line = exit_code(run_dir)
+    print(line, file=sys.stderr)
+    return code
 
 
 def report(run_dir: str) -> int:
@@ -252,9 +293,7 @@ def _print_ranks(console: Console, cuts: dict[str, Layout], num_ranks: int, reas
         console.print(Text(f"... and {num_ranks - MAX_RANKS_SHOWN} more ranks"))
 
 
-def _print_memory(
-    console: Console, config: Config, findings: Findings, gpu_memory: float
-) -> None:
+def _print_memory(console: Console, config: Config, findings: Findings, gpu_memory: float) -> None:
     """What the largest ranks need, and whether a GPU has it."""
     on_cpu = config.parallel.device == "cpu"
     kind: Kind = "cpu" if on_cpu else "local" if config.parallel.backend == "local" else "te"

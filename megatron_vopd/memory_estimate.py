@@ -250,49 +250,58 @@ def _scoring(
 def _training(
     config: Config, student: _Model, stage: int, work: Workload, machine: Machine, waiting: float
 ) -> dict[str, dict[str, float]]:
-    """The phases loss (on the last stage), backward and update."""
-    layout, facts, e = student.layout, student.facts, student.item_size
-    row, response = work.row / layout.cp, work.response / layout.cp
-    is_last = stage == layout.pp - 1
-    cut = layout.tp if config.parallel.sequence_parallel else 1
-    layer, recompute = student.layer, config.student.recompute
-    at_end = row * facts.hidden_size / cut * (e if not is_last else 8 if machine.kind == "cpu" else e)
-    kept = row * student.layers_per_stage * layer.kept_by(recompute) + at_end
-    under_way = kept * min(work.num_rows, layout.pp - stage)
-    _, _, largest = student.numbers(stage, trained=True)
-    again = row * (layer.kept - layer.kept_full) if recompute == "full" else 0.0
+    """The phases backward, update and, on the last stage, loss."""
+    under_way = _under_way(config, student, stage, work, machine)
+    row, layer = work.row / student.layout.cp, student.layer
+    again = layer.kept - layer.kept_full if config.student.recompute == "full" else 0.0
     fused = machine.kind == "te"
-    weight_gradient = 0 if fused else _largest_layer_weight(facts, layout) * e
-    backward = {
-        "activations": under_way + again + row * layer.backward + weight_gradient,
-        "hidden states": waiting,
-    }
-    phases = {"backward": backward, "update": {"temporaries": _update(config, student, stage, machine, largest)}}
-    if is_last:
-        rows = _head_rows(student, facts.vocab_size)
-        logits = 2 * min(LOSS_CHUNK, response) * rows * LOGIT_SIZE
-        head = rows * facts.hidden_size
-        hidden = response * facts.hidden_size
-        gradients = head * GRADIENT_SIZE + hidden * (4 if layout.tp > 1 else e) + hidden * e
-        output = row * facts.hidden_size * e
-        phases["loss"] = {
-            "activations": under_way + output,
-            "hidden states": waiting,
-            "logits of a chunk": logits,
-            "gradients of head and rows": gradients,
-        }
-        # What autograd is handed in the place of the head's gradient is touched only where zeroed.
-        zeroed = facts.tied and layout.pp == 1
-        stands_in = head * e if machine.kind != "cpu" or zeroed else 0
-        backward["gradients of head and rows"] = gradients + stands_in
+    weight = 0.0 if fused else _largest_layer_weight(student.facts, student.layout)
+    passing = row * (again + layer.backward) + weight * student.item_size
+    backward = {"activations": under_way + passing, "hidden states": waiting}
+    update = {"temporaries": _update(config, student, stage, machine)}
+    phases = {"backward": backward, "update": update}
+    if stage == student.layout.pp - 1:
+        loss, stands_in = _loss(student, work, machine)
+        output = row * student.facts.hidden_size * student.item_size
+        phases["loss"] = {"activations": under_way + output, "hidden states": waiting} | loss
+        gradients = "gradients of head and rows"
+        backward[gradients] = loss[gradients] + stands_in
     return phases
 
 
-def _update(
-    config: Config, student: _Model, stage: int, machine: Machine, largest: int
+def _under_way(
+    config: Config, student: _Model, stage: int, work: Workload, machine: Machine
 ) -> float:
+    """Activations of all microbatches between their forward and their backward pass."""
+    layout, e = student.layout, student.item_size
+    row = work.row / layout.cp
+    # The stage's output, or the input of the final norm and what that keeps.
+    is_last = stage == layout.pp - 1
+    width = student.facts.hidden_size / (layout.tp if config.parallel.sequence_parallel else 1)
+    at_end = row * width * (2 * 4 if is_last and machine.kind == "cpu" else e)
+    layers = row * student.layers_per_stage * student.layer.kept_by(config.student.recompute)
+    return (layers + at_end) * min(work.num_rows, layout.pp - stage)
+
+
+def _loss(student: _Model, work: Workload, machine: Machine) -> tuple[dict[str, float], float]:
+    """The operator's parts, and what autograd gets in the place of the head's gradient."""
+    layout, facts, e = student.layout, student.facts, student.item_size
+    response = work.response / layout.cp
+    rows = _head_rows(student, facts.vocab_size)
+    head, hidden = rows * facts.hidden_size, response * facts.hidden_size
+    summed = 4 if layout.tp > 1 else e
+    parts = {
+        "logits of a chunk": 2 * min(LOSS_CHUNK, response) * rows * LOGIT_SIZE,
+        "gradients of head and rows": head * GRADIENT_SIZE + hidden * (summed + e),
+    }
+    # On the CPU only memory that is written to counts.
+    is_written = facts.tied and layout.pp == 1
+    return parts, head * e if machine.kind != "cpu" or is_written else 0.0
+
+
+def _update(config: Config, student: _Model, stage: int, machine: Machine) -> float:
     """Temporaries of the optimizer: torch's Adam on the CPU, or for all parameters on a GPU."""
-    dense, experts, _ = student.numbers(stage, trained=True)
+    dense, experts, largest = student.numbers(stage, trained=True)
     split = student.layout.dp * student.layout.cp if config.optimizer.distributed else 1
     if machine.kind == "te":
         return 0.0

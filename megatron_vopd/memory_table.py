@@ -1,4 +1,4 @@
-"""The memory estimate as text: parts in rows, the largest rank of each pipeline stage in columns."""
+"""The memory estimate as text: a row per part, a column per pipeline stage (its largest rank)."""
 
 from __future__ import annotations
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-
 # Response tokens whose logits exist at a time, of both models.
 LOSS_CHUNK = 4096
 

@@ -32,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("teacher",),
     ("loss", "scoring"),
     ("optimizer_state", "random_state", "run_folder", "run_resume", "run_identity"),
-    ("trainer", "student_export"),
+    ("trainer", "student_export", "exit_code"),
     ("run_checkpoint",),
     ("run_start",),
     ("assembly",),
