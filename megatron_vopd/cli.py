@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -18,7 +20,10 @@ from megatron_vopd.config import load_config
 from megatron_vopd.config.schema import Config
 from megatron_vopd.config.table import as_yaml, config_table_markdown
 from megatron_vopd.config.world import smallest_world
-from megatron_vopd.preflight import preflight
+from megatron_vopd.exit_code import FINAL, clear, exit_code, run_dir_of
+from megatron_vopd.memory_estimate import Kind, Machine, estimate
+from megatron_vopd.memory_table import largest_line, memory_lines, memory_notice
+from megatron_vopd.preflight import Findings, preflight
 from megatron_vopd.problems import ConfigError, Problem, shown
 from megatron_vopd.report import described, write_report
 from megatron_vopd.types import Layout, UserError
@@ -31,8 +36,9 @@ Check a configuration without starting anything and without a GPU: every setting
 between settings, the parallel layouts, and the model folders (shape, context, tokenizer,
 end-of-sequence ids). Models and data given as hub ids are not downloaded, only listed.
 
-Prints the resolved configuration, the place of every rank in both layouts, and each problem on one
-line of standard error: `key: what was got, what is expected; what to do`.
+Prints the resolved configuration, the place of every rank in both layouts, what memory a rank will
+need, part by part, and each problem on one line of standard error: `key: what was got, what is
+expected; what to do`.
 Exit status: 0 nothing wrong, 2 problems."""
 
 _CHECK_EXAMPLES = """\
@@ -41,6 +47,12 @@ examples:
   vopd check config.yaml --world-size 8
   vopd check config.yaml objective.baseline=topk objective.topk=100
   vopd check config.yaml 'objective.prefix={student: 0.5, dataset: 0.5}' data.responses=./r.jsonl"""
+
+
+_EXIT_HELP = """\
+Read status.json of the run and exit with 0 (done), 75 (stopped and saved: start it again),
+93 (do not start it again) or 1 (crashed, killed, or did not begin). Takes the configuration and
+the settings that were given to the training command; its own options are passed over."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -61,9 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if surplus:
             parser.error(f"unknown argument {shown(surplus[0])}; vopd report takes one RUN_DIR")
         return report(options.run_dir)
+    if options.command == "exit-code":
+        return end_of_run(options.config, [*options.overrides, *surplus], options.clear)
     if unknown:
         check_parser.error(f"unknown option {shown(unknown[0])}; settings are section.key=value")
-    return check(options.config, [*options.overrides, *surplus], options.world_size)
+    overrides = [*options.overrides, *surplus]
+    return check(options.config, overrides, options.world_size, options.gpu_memory)
 
 
 def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
@@ -73,17 +88,47 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         description="On-policy distillation on megatron-core and vLLM.",
         epilog="examples:\n  vopd check CONFIG      is this configuration sound?\n"
         "  vopd check --help      more about it\n"
-        "  vopd report RUN_DIR    curves of a run, as report.html",
+        "  vopd report RUN_DIR    curves of a run, as report.html\n"
+        "  vopd exit-code CONFIG  how the run ended, for launch scripts",
         formatter_class=plain,
     )
     parser.add_argument("--version", action="version", version=f"vopd {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="command")
+    checking = _check_parser(commands)
+    reporting = commands.add_parser(
+        "report",
+        help="write report.html of a run: curves of its metrics",
+        description="Write RUN_DIR/report.html from RUN_DIR/metrics.jsonl: curves of accuracy, KL, "
+        "entropy, variance ratio, lengths, gradient norm and times in one file that needs no "
+        "network. Works while the run goes on.",
+    )
+    reporting.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
+    ending = commands.add_parser(
+        "exit-code",
+        help="how a run ended, as an exit status, for launch scripts",
+        description=_EXIT_HELP,
+        formatter_class=plain,
+    )
+    ending.add_argument("config", metavar="CONFIG", help="as given to the training command")
+    ending.add_argument("overrides", metavar="section.key=value", nargs="*", default=[])
+    ending.add_argument(
+        "--clear", action="store_true", help="before a start: forget how the last one ended"
+    )
+    commands.add_parser(
+        "config-table",
+        help="print all settings with values, defaults and meaning (Markdown)",
+        description="Print all settings as a Markdown table: values, defaults and meaning.",
+    )
+    return parser, checking
+
+
+def _check_parser(commands: Any) -> argparse.ArgumentParser:
     checking = commands.add_parser(
         "check",
         help="check a configuration and show where every rank goes",
         description=_CHECK_HELP,
         epilog=_CHECK_EXAMPLES,
-        formatter_class=plain,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     checking.add_argument("config", metavar="CONFIG", help="YAML file; see examples/")
     checking.add_argument(
@@ -99,24 +144,29 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         metavar="N",
         help="number of ranks (default: $WORLD_SIZE, else the fewest that the layouts need)",
     )
-    reporting = commands.add_parser(
-        "report",
-        help="write report.html of a run: curves of its metrics",
-        description="Write RUN_DIR/report.html from RUN_DIR/metrics.jsonl: curves of accuracy, KL, "
-        "entropy, variance ratio, lengths, gradient norm and times in one file that needs no "
-        "network. Works while the run goes on.",
+    checking.add_argument(
+        "--gpu-memory",
+        type=_positive,
+        default=80.0,
+        metavar="GB",
+        help="memory of one GPU in 10^9 bytes (default 80)",
     )
-    reporting.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
-    commands.add_parser(
-        "config-table",
-        help="print all settings with values, defaults and meaning (Markdown)",
-        description="Print all settings as a Markdown table: values, defaults and meaning.",
-    )
-    return parser, checking
+    return checking
 
 
-def check(path: str, overrides: list[str], world_size: int | None) -> int:
-    """Print what `path` with `overrides` resolves to and everything that is wrong with it."""
+def _positive(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise ValueError(text)
+    return value
+
+
+def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: float = 80.0) -> int:
+    """Print what `path` with `overrides` resolves to and everything that is wrong with it.
+
+    Args:
+        gpu_memory: of one GPU, 10^9 bytes.
+    """
     console = _console()
     try:
         config = load_config(path, overrides)
@@ -127,12 +177,30 @@ def check(path: str, overrides: list[str], world_size: int | None) -> int:
     findings = preflight(config, num_ranks)
     if findings.cuts:
         _print_ranks(console, findings.cuts, num_ranks, reason)
+    if not findings.problems and findings.cuts.keys() == findings.facts.keys():
+        _print_memory(console, config, findings, gpu_memory)
     for notice in findings.notices:
         console.print(Text(f"note: {notice}"), soft_wrap=True)
     if findings.problems:
         return _report(findings.problems)
     console.print(Text("no problems found", style="green"))
     return OK
+
+
+def end_of_run(path: str, overrides: list[str], is_clearing: bool) -> int:
+    """The exit status that a launch script should end with; with `is_clearing`, of clearing."""
+    settings = [text for text in overrides if not text.startswith("-")]
+    try:
+        run_dir = run_dir_of(path, settings)
+        if is_clearing:
+            clear(run_dir)
+            return OK
+    except UserError as error:
+        print(error, file=sys.stderr)
+        return FINAL
+    code, line = exit_code(run_dir)
+    print(line, file=sys.stderr)
+    return code
 
 
 def report(run_dir: str) -> int:
@@ -223,6 +291,23 @@ def _print_ranks(console: Console, cuts: dict[str, Layout], num_ranks: int, reas
     console.print(table)
     if num_ranks > MAX_RANKS_SHOWN:
         console.print(Text(f"... and {num_ranks - MAX_RANKS_SHOWN} more ranks"))
+
+
+def _print_memory(console: Console, config: Config, findings: Findings, gpu_memory: float) -> None:
+    """What the largest ranks need, and whether a GPU has it."""
+    on_cpu = config.parallel.device == "cpu"
+    kind: Kind = "cpu" if on_cpu else "local" if config.parallel.backend == "local" else "te"
+    machine = Machine(kind, gpu_memory * 1e9)
+    ranks = estimate(config, findings.facts, findings.cuts, machine)
+    console.print(Text("\nestimated memory, GiB; < marks the phase of the peak"))
+    for line in memory_lines(ranks):
+        console.print(Text(line), soft_wrap=True)
+    largest = max(ranks, key=lambda memory: memory.peak)
+    if not on_cpu:
+        console.print(Text(largest_line(largest, gpu_memory)), soft_wrap=True)
+    if not on_cpu and largest.peak > machine.memory:
+        notice = memory_notice(largest, gpu_memory)
+        console.print(Text(f"note: {notice}"), soft_wrap=True)
 
 
 def _is_shown(layout: Layout, axis: str) -> bool:

@@ -1,20 +1,29 @@
-"""One step on random tokens: does everything fit, before a long run is started.
+"""Two steps on random tokens: does everything fit, before a long run is started.
 
 Models, optimizer, teachers and data are those of the run, at its longest prompts' rows and at the
-last rung of the length ladder, so memory is what the run will need. No engine is started: on a GPU
-that one shares, `rollout.memory_fraction` of the memory comes on top.
+last rung of the length ladder, so memory is what the run will need; the second step is the first
+in which the optimizer's moments are there all the time. No engine is started: on a GPU that one
+shares, `rollout.memory_fraction` of the memory comes on top.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 import random
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
 
+import torch
 from torch import Tensor
 
+from megatron_vopd.assembly import Run
 from megatron_vopd.config import Config
 from megatron_vopd.config.schema import CurriculumSection
+from megatron_vopd.memory_estimate import Kind, Machine, RankMemory, estimate
+from megatron_vopd.memory_table import memory_lines
+from megatron_vopd.parallel import in_step_all
 from megatron_vopd.rollout.engine import (
     GenerationReport,
     Progress,
@@ -24,6 +33,9 @@ from megatron_vopd.rollout.engine import (
     response_seed,
 )
 from megatron_vopd.types import Prompt, Rollout
+
+NUM_STEPS = 2
+_GIB = 2**30
 
 
 def at_full_length(config: Config) -> Config:
@@ -48,12 +60,13 @@ class RandomEngine:
         """Ids that end no response, with the log-prob of the uniform distribution."""
         ids = [i for i in range(self._vocab_size) if i not in sampling.stop_ids]
         logprobs = (-math.log(len(ids)),) * sampling.max_tokens
+        version = self.policy_version or 0
         rollouts = []
         for prompt in prompts:
             for sample in range(sampling.samples):
                 draw = random.Random(response_seed(sampling.seed, prompt.prompt_id, sample))
                 response = tuple(draw.choices(ids, k=sampling.max_tokens))
-                rollouts.append(Rollout(prompt, sample, response, logprobs, "length", 0))
+                rollouts.append(Rollout(prompt, sample, response, logprobs, "length", version))
         self.generation = generation_report(rollouts, 0.0)
         return rollouts
 
@@ -82,3 +95,54 @@ class RandomEngine:
 
     def close(self) -> None:
         """Nothing was started."""
+
+
+def rehearse(run: Run, engine: RandomEngine) -> list[str]:
+    """Make the steps; what they needed beside what was estimated, as lines for the reader.
+
+    A collective of the whole world. On a CPU the measured peak is that of the process since its
+    start; what it holds beside tensors is measured and counted as a part.
+    """
+    values: dict[str, float] = {}
+    for _ in range(NUM_STEPS):
+        engine.policy_version = run.trainer.policy_version
+        values = run.trainer.train_step()
+    on_cpu = run.student.options.device == "cpu"
+    own = values["perf/peak_memory_bytes"], bytes_beside_tensors() if on_cpu else 0
+    measured = in_step_all(lambda: own)
+    ranks = [
+        replace(memory, held={"beside tensors, measured": beside, **memory.held})
+        for memory, (_, beside) in zip(estimated(run), measured, strict=True)
+    ]
+    lines = [*memory_lines(ranks), "", "rank  tp  pp  dp   estimated    measured peak"]
+    for memory, (peak, _) in zip(ranks, measured, strict=True):
+        at = memory.place
+        sizes = f"{memory.peak / _GIB:7.3f} GiB  {peak / _GIB:11.3f} GiB"
+        lines.append(f"{memory.rank:4}  {at.tp:2}  {at.pp:2}  {at.dp:2}  {sizes}")
+    seconds, tokens = values["time/total_seconds"], values["loss/num_tokens"]
+    return [*lines, f"one step of {tokens:.0f} response tokens: {seconds:.1f} s; nothing was saved"]
+
+
+def estimated(run: Run) -> list[RankMemory]:
+    """The estimate for this run's models, layouts and device."""
+    student, teachers = run.student, run.trainer.teachers
+    kind: Kind = "cpu"
+    memory = 0.0
+    if student.options.device != "cpu":
+        kind = student.options.layer_spec
+        memory = float(torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory)
+    facts = {"student": student.facts} | {key: one.facts for key, one in teachers.items()}
+    layouts = {"student": student.groups.layout}
+    layouts |= {key: one.groups.layout for key, one in teachers.items()}
+    return estimate(run.config, facts, layouts, Machine(kind, memory))
+
+
+def bytes_beside_tensors() -> int:
+    """Resident memory of this process that is not of a live tensor: Python, libraries, buffers."""
+    storages = {}
+    for thing in gc.get_objects():
+        if issubclass(type(thing), Tensor):
+            storage = thing.untyped_storage()
+            storages[storage.data_ptr()] = storage.nbytes()
+    resident = int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+    return resident - sum(storages.values())

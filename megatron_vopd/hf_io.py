@@ -51,7 +51,7 @@ def read_config(model_dir: str | Path) -> tuple[Any, ModelFacts]:
     read_facts(str(path))  # names what is wrong with a config that transformers would stumble over
     try:
         config = AutoConfig.from_pretrained(path.parent, trust_remote_code=False)
-    except (ValueError, KeyError, TypeError, StrictDataclassError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         reason = str(error.__cause__ or error).strip().partition("\n")[0]
         raise ModelError(f"{path}: refused by transformers: {reason}") from error
     return config, facts_from_config(config.to_dict(), str(path))

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from megatron_vopd.attention import CausalAttention, RMSNorm
 from megatron_vopd.hf_mapping import shard_parameters
-from megatron_vopd.model_facts import ModelError, ModelFacts, layout_problems
+from megatron_vopd.model_facts import ModelError, ModelFacts, kv_repeat, layout_problems
 from megatron_vopd.parallel import Groups
 from megatron_vopd.types import LayoutError
 
@@ -129,11 +129,6 @@ def head_weight(model: GPTModel) -> Tensor:
     weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
     assert weight is not None, "only the last pipeline stage has the head"
     return weight
-
-
-def kv_repeat(facts: ModelFacts, tp: int, trained: bool) -> int:
-    """Times each KV head is repeated: tp / KV heads in a frozen model that has fewer than tp."""
-    return 1 if trained else max(1, tp // facts.num_kv_heads)
 
 
 def rope_frequencies(hf_config: Any) -> Tensor:

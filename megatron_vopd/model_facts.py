@@ -133,6 +133,11 @@ def _is_architecture_default(model_type: str, key: str) -> bool:
     return model_type == "qwen2" and key == "attention_bias"
 
 
+def kv_repeat(facts: ModelFacts, tp: int, trained: bool) -> int:
+    """Times each KV head is repeated: tp / KV heads in a frozen model that has fewer than tp."""
+    return 1 if trained else max(1, tp // facts.num_kv_heads)
+
+
 def layout_problems(
     facts: ModelFacts, layout: Layout, trained: bool, sequence_parallel: bool = False
 ) -> list[str]:

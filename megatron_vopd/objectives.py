@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_vopd.ops.fields import Coefficients, DistillStats
+from megatron_vopd.types import LOSS_CHUNK
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,7 @@ class Objective:
     settings: ObjectiveSettings
     topk: int = 0
     temperature: float = 1.0
-    chunk: int = 4096
+    chunk: int = LOSS_CHUNK
     mode: Literal["grad_in_forward", "recompute"] = "grad_in_forward"
 
 

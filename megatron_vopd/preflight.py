@@ -13,18 +13,22 @@ from megatron_vopd.config.paths import is_local_path
 from megatron_vopd.config.schema import Config
 from megatron_vopd.config.world import cut_problems, layouts, world_problems
 from megatron_vopd.hf_folder import ModelFolder, read_model_folder
-from megatron_vopd.model_facts import ModelError, layout_problems
+from megatron_vopd.model_facts import ModelError, ModelFacts, layout_problems
 from megatron_vopd.problems import Notice, Problem, shown
 from megatron_vopd.types import Layout
 
 
 @dataclass
 class Findings:
-    """What a check found; `cuts` holds the layouts by model, and is empty when they do not fit."""
+    """What a check found; `cuts` holds the layouts by model, and is empty when they do not fit.
+
+    `facts` are the shapes of the models that could be read.
+    """
 
     problems: list[Problem] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
     cuts: dict[str, Layout] = field(default_factory=dict)
+    facts: dict[str, ModelFacts] = field(default_factory=dict)
 
 
 def preflight(config: Config, world_size: int) -> Findings:
@@ -33,6 +37,7 @@ def preflight(config: Config, world_size: int) -> Findings:
     if not cut_problems(config, world_size):
         findings.cuts = layouts(config, world_size)
     models = _read_models(config, findings)
+    findings.facts = {key: model.facts for key, model in models.items()}
     for key, model in models.items():
         if key in findings.cuts:
             findings.problems += _layout_problems(config, key, model, findings.cuts[key])

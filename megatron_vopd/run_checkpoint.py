@@ -30,6 +30,7 @@ from megatron_vopd.checkpoint import (
     read_state,
     shards,
 )
+from megatron_vopd.checkpoint_model import HF_DIR
 from megatron_vopd.checkpoint_values import CheckpointError
 from megatron_vopd.optimizer_state import (
     fill_optimizer,
@@ -39,7 +40,7 @@ from megatron_vopd.optimizer_state import (
     set_num_updates,
 )
 from megatron_vopd.parallel import in_step, in_step_all
-from megatron_vopd.publish import read_manifest
+from megatron_vopd.publish import Staging, read_manifest
 from megatron_vopd.publish_together import begin_staging, on_rank_0, publish_staging
 from megatron_vopd.random_state import random_bytes, restore_random_bytes
 from megatron_vopd.run_folder import (
@@ -53,6 +54,7 @@ from megatron_vopd.run_folder import (
 from megatron_vopd.run_identity import require_same
 from megatron_vopd.run_resume import Resume, choose
 from megatron_vopd.student import Student
+from megatron_vopd.student_export import text_files
 from megatron_vopd.trainer import Trainer
 
 _RANDOM = "random_states"
@@ -98,12 +100,18 @@ class RunCheckpoints:
                 staging = begin_staging(stack, out_dir, self.source_dir, self._num_bytes())
                 written = self._write(ShardFile(staging, dist.get_rank()))
                 chunks = [chunk for part in in_step_all(lambda: written()) for chunk in part]
-                in_step(lambda: on_rank_0(lambda: complete(staging, chunks, state)))
+                in_step(lambda: on_rank_0(lambda: self._finish(staging, chunks, state)))
                 info = {"kind": KIND, "step": step, "topology": state["layout"]}
                 publish_staging(staging, out_dir, info)
         in_step(lambda: on_rank_0(lambda: write_latest(self.run_dir, step)))
         in_step(lambda: on_rank_0(lambda: self._remove_old(step, keep_also)))
         return out_dir
+
+    def _finish(self, staging: Staging, chunks: list[Written], state: dict[str, Any]) -> None:
+        """Index and state; and what makes a HuggingFace folder of the weights."""
+        for name, content in text_files(self.source_dir, self.student.options.dtype):
+            staging.write(f"{HF_DIR}/{name}", content)
+        complete(staging, chunks, state)
 
     def _prepare(self, step: int) -> tuple[bool, list[str]]:
         if dist.get_rank() != 0:

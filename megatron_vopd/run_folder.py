@@ -34,7 +34,7 @@ from megatron_vopd.publish import (
 KIND = "training run"
 LATEST_NAME, STATUS_NAME, BEST_NAME = "latest", "status.json", "best.json"
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]{0,15})")
-_MAX_LATEST_BYTES = 64
+_MAX_LATEST_BYTES, MAX_STATUS_BYTES = 64, 65536
 
 Reason = Literal["done", "preempted", "do not requeue", "crash"]
 

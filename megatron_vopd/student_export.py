@@ -92,7 +92,12 @@ def _finish(staging: Staging, files: list[FilePlan], student: Student, source_di
         total = sum(_num_bytes(names, dtype) for names in shapes.values())
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         staging.write(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode("ascii"))
-    hf_config, text_facts, carried = read_text_part(source_dir)
-    text = ModelSource(source_dir, hf_config, text_facts, carried, dtype)
-    for name in carried:
-        staging.write(name, carried_content(text, name, dtype_name(dtype)))
+    for name, content in text_files(source_dir, dtype):
+        staging.write(name, content)
+
+
+def text_files(source_dir: Path, dtype: torch.dtype) -> list[tuple[str, bytes]]:
+    """Config, tokenizer and generation config of a student that is written in `dtype`."""
+    hf_config, facts, carried = read_text_part(source_dir)
+    text = ModelSource(source_dir, hf_config, facts, carried, dtype)
+    return [(name, carried_content(text, name, dtype_name(dtype))) for name in carried]

@@ -24,8 +24,8 @@ from torch import Tensor
 
 from megatron_vopd.forward import forward_hidden
 from megatron_vopd.hf_io import SafetensorsFolder, load_weights, read_config
-from megatron_vopd.model import ModelOptions, build_model, kv_repeat
-from megatron_vopd.model_facts import ModelFacts
+from megatron_vopd.model import ModelOptions, build_model
+from megatron_vopd.model_facts import ModelFacts, kv_repeat
 from megatron_vopd.packing import Microbatch, cp_tokens, deal, empty_row
 from megatron_vopd.parallel import Groups, broadcast_from_position
 from megatron_vopd.types import UserError

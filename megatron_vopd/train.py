@@ -26,14 +26,14 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
-from megatron_vopd.assembly import Run, assemble, longest_wait_seconds, resolved_device
+from megatron_vopd.assembly import assemble, longest_wait_seconds, resolved_device
 from megatron_vopd.config import Config, load_config
-from megatron_vopd.dry_run import RandomEngine, at_full_length
+from megatron_vopd.dry_run import RandomEngine, at_full_length, rehearse
 from megatron_vopd.grading import GradingError
 from megatron_vopd.guard import SkipLimitError
 from megatron_vopd.hf_folder import read_model_folder
 from megatron_vopd.hub import local_model_folder
-from megatron_vopd.parallel import in_step, in_step_all, init_world, is_first_to_tell
+from megatron_vopd.parallel import in_step, init_world, is_first_to_tell
 from megatron_vopd.rollout.engine import EngineError
 from megatron_vopd.run_loop import ending_noted, train
 from megatron_vopd.stopping import StopFlag
@@ -55,7 +55,7 @@ examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train as configured; returns the exit status."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--dry-run",
         action="store_true",
-        help="build everything, make one step on random tokens of the full length, print memory",
+        help="build everything, make two steps on random tokens of the full length, print memory",
     )
     return parser
 
@@ -147,32 +147,15 @@ def _dry_run(config: Config, device: str) -> int:
     config = at_full_length(config)
     folder = local_model_folder(config.student.path, "student.path", weights=False)
     vocab_size = read_model_folder(folder).facts.vocab_size
-    run = assemble(config, device, RandomEngine(vocab_size))
+    engine = RandomEngine(vocab_size)
+    run = assemble(config, device, engine)
     try:
-        values = run.trainer.train_step()
-        _print_memory(run, values)
+        lines = rehearse(run, engine)
     finally:
         run.close()
+    if dist.get_rank() == 0:
+        print("\n".join(lines))
     return OK
-
-
-def _print_memory(run: Run, values: dict[str, float]) -> None:
-    """A line per rank: its place, what its student weighs, and the peak of one step."""
-    groups, bare = run.student.groups, run.student.bare
-    own = (
-        groups.coordinates,
-        sum(parameter.nbytes for parameter in bare.parameters()),
-        values["perf/peak_memory_bytes"],
-    )
-    everyone = in_step_all(lambda: own)
-    if dist.get_rank() != 0:
-        return
-    print("rank  tp  pp  dp  student weights  peak of one step")
-    for rank, (at, weights, peak) in enumerate(everyone):
-        sizes = f"{weights / 2**30:11.3f} GiB  {peak / 2**30:12.3f} GiB"
-        print(f"{rank:4}  {at.tp:2}  {at.pp:2}  {at.dp:2}  {sizes}")
-    seconds, tokens = values["time/total_seconds"], values["loss/num_tokens"]
-    print(f"one step of {tokens:.0f} response tokens: {seconds:.1f} s; nothing was saved")
 
 
 def _rank() -> int:

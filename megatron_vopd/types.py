@@ -15,6 +15,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+# Response tokens whose logits exist at a time, of both models.
+LOSS_CHUNK = 4096
+
 
 class UserError(ValueError):
     """A mistake of the user: one line that says what, where, expected and the remedy.

@@ -14,7 +14,8 @@ from megatron.core.pipeline_parallel.schedules import (
 )
 
 from megatron_vopd.hf_io import load_weights, read_config
-from megatron_vopd.model import ModelOptions, build_model, kv_repeat
+from megatron_vopd.model import ModelOptions, build_model
+from megatron_vopd.model_facts import kv_repeat
 from megatron_vopd.parallel import independent_groups
 from megatron_vopd.types import Layout
 from tests.distributed.harness import spawn
