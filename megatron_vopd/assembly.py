@@ -45,7 +45,7 @@ from megatron_vopd.run_engine import Pusher, make_run_engine, run_probe
 from megatron_vopd.run_folder import step_dir
 from megatron_vopd.run_log import MetricsWriter
 from megatron_vopd.run_resume import Resume
-from megatron_vopd.run_sources import load_sources
+from megatron_vopd.run_sources import Sources, load_sources
 from megatron_vopd.run_start import begin, record_config, run_identity
 from megatron_vopd.settings import StepSettings, step_settings
 from megatron_vopd.stop_ids import stop_ids
@@ -232,9 +232,7 @@ def _assembled(
     settings = step_settings(config, ends, run_dir / "skipped" if stand_in is None else None)
     tokenizer = in_step(lambda: PromptTokenizer.of(config.student))
     # Before the models, which take longer: a mistake in the data is told soon.
-    sources = in_step(lambda: load_sources(config, tokenizer, ends, student_dir))
-    for line in sources.summary:
-        _announce(config, line)
+    sources = _sources(config, tokenizer, ends, student_dir)
     student, teachers = _models(config, device, student_dir)
     vocab_size = min(model.facts.vocab_size for model in (student, *teachers.values()))
     engine, pusher = stand_in, None
@@ -333,6 +331,15 @@ def _loaded(key: str, folder: str, load: Callable[[], Model]) -> Model:
     except ModelError as error:
         expected = "a model folder with all its weights"
         raise _refused(f"{key}.path", shown(folder), expected, str(error)) from None
+
+
+def _sources(
+    config: Config, tokenizer: PromptTokenizer, ends: tuple[int, ...], student_dir: str
+) -> Sources:
+    sources = in_step(lambda: load_sources(config, tokenizer, ends, student_dir))
+    for line in sources.summary:
+        _announce(config, line)
+    return sources
 
 
 def _grader(tokenizer: PromptTokenizer, stack: ExitStack) -> GradeRollout:
