@@ -34,6 +34,7 @@ from megatron_vopd.preflight import preflight
 from megatron_vopd.problems import ConfigError, Problem, shown
 from megatron_vopd.rollout.choose import make_engine
 from megatron_vopd.rollout.engine import Engine, PushReport
+from megatron_vopd.run_caches import open_caches
 from megatron_vopd.run_checkpoint import RunCheckpoints
 from megatron_vopd.run_log import MetricsWriter
 from megatron_vopd.run_resume import Resume
@@ -257,6 +258,7 @@ def _assembled(
         settings,
         held_out=sources.prompts.held_out,
         stop=stop,
+        caches=open_caches(config, teachers, sources.given) if stand_in is None else None,
     )
     identity = run_identity(config, student.facts) if stand_in is None else {}
     run = Run(config, run_dir, student_dir, student, trainer, engine, pusher, stack)
