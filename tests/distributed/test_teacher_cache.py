@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from megatron_vopd.parallel import Groups
-from megatron_vopd.state_cache import CacheError, StateCache
+from megatron_vopd.state_cache import StateCache
 from megatron_vopd.student import Student
 from megatron_vopd.teacher import Teacher
-from megatron_vopd.types import Layout, Rollout
+from megatron_vopd.types import Layout, Rollout, UserError
 from tests.distributed.harness import spawn
 from tests.distributed.layouts import Case, enter
 from tests.distributed.steps import Setup, make_rollouts, make_trainer, worst_error
@@ -144,7 +144,7 @@ def _torn(setup: Setup, folder: Path) -> str:
             content[-1] ^= 1
             path.write_bytes(content)
     torch.distributed.barrier()
-    with pytest.raises(CacheError) as caught:
+    with pytest.raises(UserError) as caught:
         run.gradients(FIRST, True)
     return str(caught.value)
 
