@@ -40,6 +40,7 @@ from megatron_vopd.parallel import (
 from megatron_vopd.preflight import preflight
 from megatron_vopd.problems import ConfigError, Problem, shown
 from megatron_vopd.rollout.engine import Engine, Progress
+from megatron_vopd.run_caches import open_caches
 from megatron_vopd.run_checkpoint import RunCheckpoints
 from megatron_vopd.run_engine import Pusher, make_run_engine, run_probe
 from megatron_vopd.run_folder import step_dir
@@ -264,6 +265,7 @@ def _assembled(
         settings,
         held_out=sources.prompts.held_out,
         stop=stop,
+        caches=open_caches(config, teachers, sources.given) if stand_in is None else None,
     )
     identity = run_identity(config, student.facts) if stand_in is None else {}
     run = Run(config, run_dir, student_dir, student, trainer, engine, pusher, stack)

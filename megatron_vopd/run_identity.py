@@ -41,7 +41,7 @@ FREE = {
     "evaluation",
     "logging",
 }
-_FREE_OF_TEACHERS = ("path", "tp", "pp", "ep", "offload")
+_FREE_OF_TEACHERS = ("path", "tp", "pp", "ep", "offload", "cache_dir")
 _SAMPLE_BYTES = 2**20
 
 

@@ -14,7 +14,7 @@ student's tp.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from megatron_vopd.vocab_parallel import VocabShard
 
 Replicas = Sequence[Sequence[Microbatch]]
 Place = tuple[int, int]  # student replica, microbatch of that replica
+Keep = Callable[[Place, Tensor], None]
 
 
 def student_shard(facts: ModelFacts, groups: Groups, vocab_size: int | None = None) -> VocabShard:
@@ -160,7 +161,13 @@ def teacher_plan(num_tokens: Sequence[int], num_replicas: int) -> list[list[int 
     return [hand + [None] * (longest - len(hand)) for hand in hands]
 
 
-def score(teachers: Mapping[str, Teacher], replicas: Replicas, student: Groups) -> list[Tensor]:
+def score(
+    teachers: Mapping[str, Teacher],
+    replicas: Replicas,
+    student: Groups,
+    skip: Collection[Place] = (),
+    keep: Keep | None = None,
+) -> list[Tensor]:
     """Teacher hidden states for this rank's microbatches, in their order; [T, 0] without response.
 
     A collective of the whole world, teacher by teacher in the order of their keys.
@@ -168,6 +175,9 @@ def score(teachers: Mapping[str, Teacher], replicas: Replicas, student: Groups) 
     Args:
         replicas: the whole plan, the same on every rank; whole rows, not yet cut over cp.
         student: its layout and groups.
+        skip: rows that are not scored, the same on every rank.
+        keep: called with each scored row's place and states [T, D], whole, on one rank: the first
+            of the teacher's last stage that scored it.
 
     Returns:
         On the student's last stage one tensor per microbatch of this rank's replica (its part of
@@ -177,15 +187,17 @@ def score(teachers: Mapping[str, Teacher], replicas: Replicas, student: Groups) 
         UserError: a prompt that names a teacher which there is not.
     """
     found: dict[int, Tensor] = {}
-    for key, places in sorted(_places(teachers, replicas).items()):
-        found |= _score_places(teachers[key], places, replicas, student)
+    for key, places in sorted(_places(teachers, replicas, skip).items()):
+        found |= _score_places(teachers[key], places, replicas, student, keep)
     if not student.is_last_stage:
         return []
     own = replicas[student.coordinates.dp]
     return [found.get(m, torch.zeros(0, 0)) for m in range(len(own))]
 
 
-def _places(teachers: Mapping[str, Teacher], replicas: Replicas) -> dict[str, list[Place]]:
+def _places(
+    teachers: Mapping[str, Teacher], replicas: Replicas, skip: Collection[Place]
+) -> dict[str, list[Place]]:
     """Rows with responses by teacher, in the order in which all ranks treat them."""
     places: dict[str, list[Place]] = {}
     if not teachers:  # an objective without one
@@ -197,13 +209,13 @@ def _places(teachers: Mapping[str, Teacher], replicas: Replicas) -> dict[str, li
                     f"data: a prompt asks for the teacher {row.teacher!r}; there are "
                     f"{', '.join(sorted(teachers))}; correct the field data.teacher_field names"
                 )
-            if row.num_tokens:
+            if row.num_tokens and (replica, position) not in skip:
                 places.setdefault(row.teacher, []).append((replica, position))
     return places
 
 
 def _score_places(
-    teacher: Teacher, places: list[Place], replicas: Replicas, student: Groups
+    teacher: Teacher, places: list[Place], replicas: Replicas, student: Groups, keep: Keep | None
 ) -> dict[int, Tensor]:
     """One teacher's hidden states of this rank's microbatches, by position in its replica."""
     rows = [replicas[replica][position] for replica, position in places]
@@ -211,6 +223,9 @@ def _score_places(
     own = plan[teacher.groups.coordinates.dp]
     hidden = teacher.score([empty_row(rows[0]) if i is None else rows[i] for i in own])
     scored = {i: states for i, states in zip(own, hidden, strict=False) if i is not None}
+    if keep is not None and teacher.groups.coordinates.tp == 0:
+        for i, states in scored.items():
+            keep(places[i], states)
     replica_of = {i: replica for replica, hand in enumerate(plan) for i in hand if i is not None}
     arrived = _exchange(teacher, places, rows, scored, replica_of, student)
     if not student.is_last_stage:

@@ -23,19 +23,20 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
+from megatron_vopd.cached_states import Caches, cached_score
 from megatron_vopd.collector import RolloutCollector, step_seed
 from megatron_vopd.curriculum import Curriculum
 from megatron_vopd.guard import StepGuard
 from megatron_vopd.loss import RowLoss
 from megatron_vopd.metrics import reduce_sums, rollout_metrics
-from megatron_vopd.packing import group_advantages, pack
+from megatron_vopd.packing import Microbatch, group_advantages, pack
 from megatron_vopd.rollout.engine import Sampling
 from megatron_vopd.scoring import mean_entropy
 from megatron_vopd.settings import StepSettings
 from megatron_vopd.sharing import Graded, StopRequested, first_objection
 from megatron_vopd.stopping import StopFlag
 from megatron_vopd.student import Student, clip_gradients, learning_rate
-from megatron_vopd.teacher import Teacher, score
+from megatron_vopd.teacher import Teacher
 from megatron_vopd.types import Prompt, Rollout
 
 PHASES = ("rollout", "teacher", "forward_backward", "optimizer", "weight_sync", "curriculum")
@@ -108,6 +109,7 @@ class Trainer:
         sink: of the metrics; None on ranks that record none.
         held_out: prompts whose responses' entropy the curriculum is gated by.
         stop: a request to stop, looked at between the phases of a step; None: there is none.
+        caches: of the teachers' states of given responses, by the teacher's key.
     """
 
     def __init__(
@@ -120,10 +122,12 @@ class Trainer:
         sink: MetricsSink | None = None,
         held_out: Sequence[Prompt] = (),
         stop: StopFlag | None = None,
+        caches: Caches | None = None,
     ) -> None:
         self.student, self.teachers, self.collector = student, teachers, collector
         self.curriculum, self.settings = curriculum, settings
         self.sink, self.held_out, self.stop = sink, held_out, stop
+        self.caches = caches or {}
         self.loss = RowLoss(student, teachers, settings.objective)
         self.guard = StepGuard(settings.spike_factor, settings.max_consecutive_skips)
         self.packing = student.packing(settings.max_tokens_per_microbatch)
@@ -145,7 +149,7 @@ class Trainer:
         rollouts = [one.rollout for one in graded]
         replicas = pack(rollouts, self.packing, self._task_advantages(graded))
         with phase("teacher"):
-            teacher_hidden = score(self.teachers, replicas, self.student.groups)
+            teacher_hidden = self._scored(rollouts, replicas)
         with phase("forward_backward"):
             self.loss.forward_backward(replicas, teacher_hidden)
         with phase("optimizer"):
@@ -224,6 +228,13 @@ class Trainer:
         rollouts = self.collector.sample(self.held_out, sampling, self.policy_version)
         longest = settings.max_tokens_per_microbatch
         return mean_entropy(self.student, rollouts, longest, settings.temperature)
+
+    def _scored(
+        self, rollouts: Sequence[Rollout], replicas: Sequence[Sequence[Microbatch]]
+    ) -> list[torch.Tensor]:
+        """The teachers' hidden states of this rank's rows, as far as they are not on disk."""
+        groups, device = self.student.groups, self.student.options.device
+        return cached_score(self.teachers, self.caches, rollouts, replicas, groups, device)
 
     def _task_advantages(self, graded: Sequence[Graded]) -> list[float] | None:
         """Weighted, group-normalised grade of each response; 0 where there is none."""

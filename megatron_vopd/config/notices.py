@@ -23,6 +23,9 @@ def _unused(config: Config) -> Iterator[tuple[str, bool, str]]:
     for key in ("ema", "min_entropy", "held_out_prompts"):
         yield f"curriculum.{key}", not gated, "curriculum.kind=entropy_gated"
     yield "curriculum.interval", curriculum.kind == "fixed", "a curriculum that moves"
+    if config.teacher is not None:
+        given = set(objective.prefix_fractions) - {"student"}
+        yield "teacher.cache_dir", not given, "given responses (objective.prefix)"
     yield "parallel.sequence_parallel", parallel.tp == 1, "parallel.tp > 1"
     yield "data.teacher_field", len(config.teachers) < 2, "several teachers"
     yield "data.responses", set(objective.prefix_fractions) == {"student"}, "another prefix"

@@ -75,6 +75,11 @@ class TeacherSection(Section):
     offload: bool = Field(
         default=False, description="Keep its weights in host memory between scorings."
     )
+    cache_dir: PathText | None = Field(
+        default=None,
+        description="Folder, made when absent, that keeps its hidden states of given responses "
+        "(`data.responses`) from the first epoch on; for this teacher alone.",
+    )
 
 
 class ParallelSection(Section):
