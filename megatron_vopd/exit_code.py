@@ -23,7 +23,7 @@ DONE, CRASHED, PREEMPTED, FINAL = 0, 1, 75, 93
 _CODES = {"done": DONE, "preempted": PREEMPTED, "do not requeue": FINAL, "crash": CRASHED}
 _MEANINGS = {
     DONE: "done",
-    PREEMPTED: "stopped and saved; the same command goes on from there",
+    PREEMPTED: "stopped, nothing lost; the same command goes on from there",
     FINAL: "starting it again would not help",
     CRASHED: "the same command goes on from the last checkpoint",
 }

@@ -139,6 +139,8 @@ def ending_noted(run_dir: Path) -> Iterator[Ending]:
     except BaseException as error:
         final = isinstance(error, (UserError, SkipLimitError, GradingError))
         ending.reason = "do not requeue" if final else "crash"
+        if isinstance(error, KeyboardInterrupt):  # before the first step: nothing new to save
+            ending.reason = "preempted"
         _note(ending, f"{type(error).__name__}: {error}")
         raise
     _note(ending, "")

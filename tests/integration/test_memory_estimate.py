@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.integration.runs import command, environment
+from tests.integration.runs import command, started
 from tests.tiny_models import TinyModel
 from tests.tiny_tokenizer import IM_END, save_tokenizer
 
@@ -61,7 +60,7 @@ def save_run(root: Path, vocab_size: int) -> Path:
         "student": {"path": str(root / "student"), "dtype": "fp32", "chat_template": "none"},
         "teacher": {"path": str(root / "teacher"), "dtype": "fp32"},
         "parallel": {"device": "cpu"},
-        "rollout": {"num_prompts": 4, "dtype": "fp32"},
+        "rollout": {"num_prompts": 2, "dtype": "fp32"},
         "curriculum": {"kind": "fixed", "ladder": [RESPONSE]},
         "data": {"train": str(root / "train.jsonl"), "max_prompt_tokens": PROMPT},
         "train": {"steps": 3, "max_tokens_per_microbatch": row},
@@ -74,20 +73,25 @@ def save_run(root: Path, vocab_size: int) -> Path:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1300)
 @pytest.mark.parametrize(("ranks", "vocab_size", "settings"), CASES.values(), ids=CASES.keys())
 def test_the_estimate_is_near_what_was_needed(
-    tmp_path: Path, ranks: int, vocab_size: int, settings: list[str]
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    ranks: int,
+    vocab_size: int,
+    settings: list[str],
 ) -> None:
     config = save_run(tmp_path, vocab_size)
     # Freed memory goes back at once, so that the process's peak is of memory in use: malloc would
     # keep most of it, as torch's allocator on a GPU does, where the peak is counted without.
-    variables = {**environment(), "MALLOC_MMAP_THRESHOLD_": "65536"}
-    run = command(ranks, str(config), "--dry-run", *settings)
-    done = subprocess.run(run, env=variables, capture_output=True, text=True, timeout=390)
-    assert done.returncode == 0, done.stderr[-3000:]
-    print(f"\n{done.stdout}")
-    found = re.findall(r"^ +\d+ +\d+ +\d+ +\d+ +([\d.]+) GiB +([\d.]+) GiB$", done.stdout, re.M)
-    assert len(found) == ranks, done.stdout
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "65536")
+    with started(tmp_path, *command(ranks, str(config), "--dry-run", *settings)) as process:
+        assert process.wait(timeout=1200) == 0, (tmp_path / "err").read_text()[-3000:]
+    printed = (tmp_path / "out").read_text()
+    print(f"\n{printed}")
+    found = re.findall(r"^ +\d+ +\d+ +\d+ +\d+ +([\d.]+) GiB +([\d.]+) GiB$", printed, re.M)
+    assert len(found) == ranks, printed
     for expected, measured in found:
         ratio = float(expected) / float(measured)
         print(f"estimated / measured: {ratio:.3f}")

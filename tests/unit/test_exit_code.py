@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from megatron_vopd import run_loop
 from megatron_vopd.cli import main
 from megatron_vopd.run_folder import Status, write_status
+from megatron_vopd.types import UserError
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted((ROOT / "examples").glob("*/launch.*"))
@@ -60,6 +62,24 @@ def test_a_mistake_in_the_configuration_is_not_started_again(tmp_path: Path) -> 
     for arguments in ([], ["--clear"]):
         assert main(["exit-code", str(path), "train.stepz=3", *arguments]) == 93
     assert main(["exit-code", str(tmp_path / "none.yaml")]) == 93
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [(None, 0), (KeyboardInterrupt(), 75), (UserError("x"), 93), (RuntimeError("x"), 1)],
+    ids=["done", "stopped before the first step", "mistake", "crash"],
+)
+def test_what_ends_a_run_is_what_the_script_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, code: int
+) -> None:
+    monkeypatch.setattr(run_loop.dist, "get_rank", lambda: 0)
+    run_dir = tmp_path / "runs" / "r"
+    run_dir.mkdir(parents=True)
+    with suppress(BaseException), run_loop.ending_noted(run_dir) as ending:
+        ending.reason = "done"
+        if error is not None:
+            raise error
+    assert main(["exit-code", str(write_config(tmp_path))]) == code
 
 
 # Stand-ins on PATH: what they were called with goes to `calls`, in order. The status is a number.
