@@ -18,6 +18,7 @@ from megatron_vopd.config import load_config
 from megatron_vopd.config.schema import Config
 from megatron_vopd.config.table import as_yaml, config_table_markdown
 from megatron_vopd.config.world import smallest_world
+from megatron_vopd.data import evaluation_problems
 from megatron_vopd.preflight import preflight
 from megatron_vopd.problems import ConfigError, Problem, shown
 from megatron_vopd.report import described, write_report
@@ -28,8 +29,9 @@ MAX_RANKS_SHOWN = 64
 
 _CHECK_HELP = """\
 Check a configuration without starting anything and without a GPU: every setting, the conditions
-between settings, the parallel layouts, and the model folders (shape, context, tokenizer,
-end-of-sequence ids). Models and data given as hub ids are not downloaded, only listed.
+between settings, the parallel layouts, the model folders (shape, context, tokenizer,
+end-of-sequence ids), and the problems of the evaluation. Models and data given as hub ids are not
+downloaded, only listed.
 
 Prints the resolved configuration, the place of every rank in both layouts, and each problem on one
 line of standard error: `key: what was got, what is expected; what to do`.
@@ -125,6 +127,7 @@ def check(path: str, overrides: list[str], world_size: int | None) -> int:
         return _report(error.problems)
     _print_config(console, config)
     findings = preflight(config, num_ranks)
+    findings.problems += evaluation_problems(config)
     if findings.cuts:
         _print_ranks(console, findings.cuts, num_ranks, reason)
     for notice in findings.notices:
