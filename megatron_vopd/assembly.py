@@ -181,7 +181,7 @@ def assemble(
     in_step(lambda: require_sound(config))
     run_dir = Path(config.run.dir) / config.run.name
     with ExitStack() as stack:
-        resume = begin(run_dir, config) if engine is None else Resume(None, 0, ())
+        resume = begin(run_dir, config, stack) if engine is None else Resume(None, 0, ())
         run = _assembled(config, device, engine, run_dir, stack, stop)
         if engine is None:
             _go_on(run, resume)

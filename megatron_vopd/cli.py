@@ -20,6 +20,7 @@ from megatron_vopd.config import load_config
 from megatron_vopd.config.schema import Config
 from megatron_vopd.config.table import as_yaml, config_table_markdown
 from megatron_vopd.config.world import smallest_world
+from megatron_vopd.data import evaluation_problems
 from megatron_vopd.exit_code import FINAL, clear, exit_code, run_dir_of
 from megatron_vopd.memory_estimate import Kind, Machine, estimate
 from megatron_vopd.memory_table import largest_line, memory_lines, memory_notice
@@ -33,8 +34,9 @@ MAX_RANKS_SHOWN = 64
 
 _CHECK_HELP = """\
 Check a configuration without starting anything and without a GPU: every setting, the conditions
-between settings, the parallel layouts, and the model folders (shape, context, tokenizer,
-end-of-sequence ids). Models and data given as hub ids are not downloaded, only listed.
+between settings, the parallel layouts, the model folders (shape, context, tokenizer,
+end-of-sequence ids), and the problems of the evaluation. Models and data given as hub ids are not
+downloaded, only listed.
 
 Prints the resolved configuration, the place of every rank in both layouts, what memory a rank will
 need, part by part, and each problem on one line of standard error: `key: what was got, what is
@@ -175,6 +177,7 @@ def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: f
         return _report(error.problems)
     _print_config(console, config)
     findings = preflight(config, num_ranks)
+    findings.problems += evaluation_problems(config)
     if findings.cuts:
         _print_ranks(console, findings.cuts, num_ranks, reason)
     if not findings.problems and findings.cuts.keys() == findings.facts.keys():

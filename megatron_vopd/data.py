@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
+from megatron_vopd.config.paths import is_local_path
 from megatron_vopd.config.schema import Config, StudentSection
 from megatron_vopd.hub import local_model_folder
-from megatron_vopd.problems import shown
+from megatron_vopd.problems import Problem, shown
 from megatron_vopd.prompt_stream import PromptStream, split_held_out
 from megatron_vopd.record_fields import Conversation, answer_of, conversation_of, teacher_of
 from megatron_vopd.records import (
@@ -230,6 +231,25 @@ def evaluation_paths(evaluation: str | dict[str, str] | None) -> dict[str, str]:
         return dict(evaluation or {})
     name = os.path.basename(evaluation.rstrip("/"))
     return {name.removesuffix(".jsonl").removesuffix(".parquet") or "evaluation": evaluation}
+
+
+def evaluation_problems(config: Config) -> list[Problem]:
+    """The first mistake in each local data set of `data.evaluation`, without a tokenizer."""
+    problems = []
+    for task, path in evaluation_paths(config.data.evaluation).items():
+        if not (config.evaluates and is_local_path(path)):
+            continue
+        key, is_empty = f"data.evaluation.{task}", True
+        try:
+            for record in read_records(path, key, EVALUATION_SPLITS):
+                conversation_of(record, config.data.prompt_field)
+                answer_of(record, config.data.answer_field, True)
+                is_empty = False
+            if is_empty:
+                raise DataError(key, "no records", "at least one problem", "give a file with some")
+        except DataError as error:
+            problems.append(error.problem)
+    return problems
 
 
 def load_evaluation_prompts(config: Config, tokenizer: PromptTokenizer) -> dict[str, Prompts]:

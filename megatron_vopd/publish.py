@@ -76,7 +76,7 @@ class OutputFile:
         self._path = staging.path / name
         self._hash = hashlib.sha256()
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        with _naming(self._path):
+        with naming(self._path):
             self._fd = os.open(self._path, flags, 0o644)
         self._threads = (ThreadPoolExecutor(1), ThreadPoolExecutor(1))
         self._small = bytearray()
@@ -92,7 +92,7 @@ class OutputFile:
             if kind is None:
                 self._submit_small()
                 self._settle(0)
-                with _naming(self._path):
+                with naming(self._path):
                     os.fsync(self._fd)
         finally:
             for thread in self._threads:
@@ -145,7 +145,8 @@ class OutputFile:
 
     def _write_all(self, view: memoryview) -> None:
         while view:
-            with _naming(self._path):
+            outcome = f"{self._written:,} bytes of it were written, and nothing was published"
+            with naming(self._path, f"{outcome}; make room or choose another disk"):
                 done = os.write(self._fd, view[:_WRITTEN])
             _start_writing_out(self._fd, self._written, done)
             self._written += done
@@ -171,7 +172,7 @@ class Staging:
         parents = list((self.path / name).relative_to(self.path).parents)[:-1]
         for parent in reversed(parents):
             if not (self.path / parent).is_dir():
-                with _naming(self.path / parent):
+                with naming(self.path / parent):
                     os.mkdir(self.path / parent)
         return OutputFile(self, name)
 
@@ -188,7 +189,7 @@ class Staging:
             sync_folder(folder)
         if os.path.lexists(out_dir):
             raise PublishError(f"{out_dir}: appeared meanwhile; choose a new folder")
-        with _naming(out_dir):
+        with naming(out_dir):
             os.rename(self.path, out_dir)
         sync_folder(
             out_dir.parent, f"{out_dir.name} is complete, but may not outlive a power failure"
@@ -196,7 +197,7 @@ class Staging:
 
 
 @contextlib.contextmanager
-def _naming(path: Path, outcome: str = "nothing was published") -> Iterator[None]:
+def naming(path: Path, outcome: str = "nothing was published") -> Iterator[None]:
     """Failures of the file system as one line that names the path."""
     try:
         yield
@@ -208,7 +209,7 @@ def sync_folder(folder: Path, outcome: str = "nothing was published") -> None:
     """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        with _naming(folder, outcome):
+        with naming(folder, outcome):
             os.fsync(descriptor)
     finally:
         os.close(descriptor)
@@ -246,7 +247,7 @@ def staging_folder(out_dir: Path) -> Iterator[Staging]:
     """A locked temporary folder beside `out_dir`; gone again unless it was published."""
     remove_leftovers(out_dir)
     path = out_dir.absolute().parent / f"{out_dir.name}.tmp-{secrets.token_hex(6)}"
-    with _naming(path):
+    with naming(path):
         os.mkdir(path)
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -282,12 +283,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         raise PublishError(f"{path}: not a manifest of ours; restore the folder")
     try:
         manifest = json.loads(path.read_bytes())
-        files = manifest["files"]
-        if manifest["format"] != FORMAT:
-            raise ValueError(f"format {manifest['format']}")
+        its_format = manifest["format"]
+        files = manifest["files"] if its_format == FORMAT else []
         listed = [FileRecord(entry["name"], entry["size"], entry["sha256"]) for entry in files]
     except (ValueError, KeyError, TypeError, RecursionError):
         raise PublishError(f"{path}: not a readable manifest; restore the folder") from None
+    if its_format != FORMAT:
+        raise PublishError(
+            f"{path}: got format {shown(its_format)}, expected {FORMAT}: another version of "
+            "megatron_vopd wrote it; use that one"
+        )
     for record in listed:
         if not _is_inner_name(record.name):
             raise PublishError(f"{path}: lists {shown(record.name)}; expected names inside")

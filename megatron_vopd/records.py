@@ -28,7 +28,8 @@ class DataError(UserError):
     """A data set that cannot be used: file, line or field, what was got, and the remedy."""
 
     def __init__(self, where: str, got: str, expected: str, remedy: str) -> None:
-        super().__init__(str(Problem(where, got, expected, remedy)))
+        self.problem = Problem(where, got, expected, remedy)
+        super().__init__(str(self.problem))
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,15 @@ All functions are for one rank; what they decide is given to the others by the c
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Collection
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,19 +27,26 @@ from megatron_vopd.problems import shown
 from megatron_vopd.publish import (
     MANIFEST_NAME,
     PublishError,
+    naming,
     regular_size,
     remove_leftovers,
     sync_folder,
     verify_manifest,
     verify_sizes,
 )
+from megatron_vopd.types import UserError
 
 KIND = "training run"
 LATEST_NAME, STATUS_NAME, BEST_NAME = "latest", "status.json", "best.json"
+LOCK_NAME = "lock"
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]{0,15})")
 _MAX_LATEST_BYTES, MAX_STATUS_BYTES = 64, 65536
 
 Reason = Literal["done", "preempted", "do not requeue", "crash"]
+
+
+class RunBusyError(UserError):
+    """Another process trains in the run folder, whose files are its own."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +65,41 @@ class Status:
     last_checkpoint: str | None
     requeue: bool
     message: str = ""
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """The folder for this process alone; a process that ends, however it does, gives it back.
+
+    Two runs in one folder would remove each other's checkpoints. File systems that know no locks
+    leave that to the user.
+
+    Raises:
+        RunBusyError: another process has it.
+    """
+    with naming(run_dir / LOCK_NAME, "choose another run.name or run.dir"):
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        descriptor = os.open(run_dir / LOCK_NAME, flags, 0o644)
+    try:
+        _lock(descriptor, run_dir)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, run_dir: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(descriptor, 200).decode("ascii", "backslashreplace").strip()
+        raise RunBusyError(
+            f"run.name: got {run_dir}, in which a run is going on ({owner or 'just started'}), "
+            "expected a folder for this run alone; wait for its end, or choose another run.name"
+        ) from None
+    except OSError:
+        return
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
 
 
 def checkpoints_dir(run_dir: Path) -> Path:
@@ -164,13 +209,14 @@ def _replace_text(path: Path, text: str) -> None:
     """Written beside, flushed, then renamed: a reader sees the old text or the new one."""
     beside = path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-    descriptor = os.open(beside, flags, 0o644)
-    try:
-        os.write(descriptor, text.encode("ascii"))
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    os.rename(beside, path)
+    with naming(path, "it stays as it was; check the disk"):
+        descriptor = os.open(beside, flags, 0o644)
+        try:
+            os.write(descriptor, text.encode("ascii"))
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        os.rename(beside, path)
     sync_folder(path.parent, f"{path.name} may not outlive a power failure")
 
 

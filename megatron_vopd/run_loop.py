@@ -25,6 +25,7 @@ from megatron_vopd.parallel import in_step, in_step_all
 from megatron_vopd.publish_together import on_rank_0
 from megatron_vopd.run_folder import (
     Reason,
+    RunBusyError,
     Status,
     hf_dir,
     saved_steps,
@@ -136,6 +137,8 @@ def ending_noted(run_dir: Path) -> Iterator[Ending]:
     ending = Ending(run_dir)
     try:
         yield ending
+    except RunBusyError:
+        raise  # the status is that of the run that is going on
     except BaseException as error:
         final = isinstance(error, (UserError, SkipLimitError, GradingError))
         ending.reason = "do not requeue" if final else "crash"

@@ -7,6 +7,7 @@ that is refused loses nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import ExitStack
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,18 @@ from megatron_vopd.problems import ConfigError, Problem
 from megatron_vopd.publish_together import on_rank_0
 from megatron_vopd.random_state import seed_random_states
 from megatron_vopd.run_checkpoint import choose_resume
-from megatron_vopd.run_folder import STATUS_NAME
+from megatron_vopd.run_folder import STATUS_NAME, locked
 from megatron_vopd.run_identity import identity
 from megatron_vopd.run_resume import Resume
 
 _HEADER = "# The resolved configuration of a run of megatron_vopd.train.\n"
 
 
-def begin(run_dir: Path, config: Config) -> Resume:
+def begin(run_dir: Path, config: Config, stack: ExitStack) -> Resume:
     """Choose what to go on from, make the folder, seed. Every rank of the world calls it.
+
+    Args:
+        stack: holds the lock on the folder.
 
     Raises:
         UserError: on every rank: nothing to go on from where there should be, another run's
@@ -38,6 +42,7 @@ def begin(run_dir: Path, config: Config) -> Resume:
     """
     in_step(lambda: _require_vllm(config))
     in_step(lambda: on_rank_0(lambda: _make_folder(run_dir)))
+    in_step(lambda: on_rank_0(lambda: stack.enter_context(locked(run_dir))))
     resume = choose_resume(run_dir, config.checkpoint.resume)
     # How an earlier process ended; should this one be killed, there must be no status.
     in_step(lambda: on_rank_0(lambda: (run_dir / STATUS_NAME).unlink(missing_ok=True)))

@@ -40,11 +40,17 @@ def _saving(models: Path, run_dir: Path, steps: list[int], armed: bool) -> Calla
             for step in steps:
                 made.trainer.step = step
                 made.checkpoints.save()
-        except UserError:
+        except UserError as error:
+            _said(run_dir).write_text(str(error))
             return REFUSED
         return OK
 
     return action
+
+
+def _said(run_dir: Path) -> Path:
+    """Where the line of a refused save is noted."""
+    return run_dir.with_name(f"{run_dir.name}.said")
 
 
 def _folder(template: Path, run_dir: Path, scenario: str) -> None:
@@ -78,6 +84,10 @@ def _problem(run_dir: Path, scenario: str, mode: str, ended: dict[str, Any]) -> 
         return f"ended {ended}"
     if mode == "fail" and ended.get("status") not in (OK, REFUSED):
         return f"ended {ended}"
+    if ended.get("status") == REFUSED:
+        line = _said(run_dir).read_text()
+        if "\n" in line or not line.startswith(f"{run_dir}/") or "; " not in line:
+            return f"said {line!r}"
     choose(run_dir, "auto")
     left = [path.name for path in (run_dir / "checkpoints").glob("*.tmp-*")]
     return f"left after a start: {left}" if left else ""

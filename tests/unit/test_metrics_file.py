@@ -185,3 +185,31 @@ def test_missing_and_unwritable(tmp_path: Path) -> None:
         read_metrics(tmp_path / "none" / "metrics.jsonl")
     with pytest.raises(MetricsError, match="No such file"):
         MetricsFile(tmp_path / "none" / "metrics.jsonl")
+
+
+def test_an_evaluation_joins_the_line_of_its_step(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    file = MetricsFile(path, -1)
+    file.amend(0, {"eval/x/avg@8": 0.25})
+    file.append(1, {"a/x": 1 / 3, "a/nan": math.nan, "a/n": 7})
+    file.amend(1, {"eval/x/avg@8": 0.5})
+    file.append(2, {"a/x": 2.0})
+    file.close()
+    first = {"step": 1, "a/x": 1 / 3, "a/nan": None, "a/n": 7, "eval/x/avg@8": 0.5}
+    expected = [{"step": 0, "eval/x/avg@8": 0.25}, first, {"step": 2, "a/x": 2.0}]
+    assert read_metrics(path).lines == expected
+    # A resumed run makes the evaluation that a stop had cut short; a line that is gone is made.
+    file = MetricsFile(path, 2)
+    file.amend(2, {"eval/x/avg@8": 0.75})
+    file.close()
+    assert read_metrics(path).lines == [*expected[:2], {**expected[2], "eval/x/avg@8": 0.75}]
+    path.unlink()
+    file = MetricsFile(path, 2)
+    file.amend(2, {"eval/x/avg@8": 0.75})
+    with pytest.raises(ValueError, match="expected more than 2"):
+        file.amend(1, {})
+    file.close()
+    assert read_metrics(path).lines == [{"step": 2, "eval/x/avg@8": 0.75}]
+    # A new run forgets the evaluation of one that made no step.
+    MetricsFile(path, -1).close()
+    assert read_metrics(path).lines == [] and os.listdir(tmp_path) == ["metrics.jsonl"]

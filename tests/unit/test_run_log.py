@@ -126,3 +126,39 @@ def test_time_left_follows_the_last_steps() -> None:
         left = eta.after(step)
     assert left == "0:01:40", "50 steps of 2 s; the slow first one is forgotten"
     assert eta.after(200) == "0:00:00"
+
+
+def test_an_evaluation_is_shown_and_recorded_with_its_step(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    out = io.StringIO()
+    with writer(tmp_path, out, tensorboard=True, last_step=-1) as log:
+        with log.progress("evaluation") as progress:
+            assert progress is None, "no bar in a log file"
+        log.record_evaluation(0, {"eval/math/avg@8": 0.25, "time/evaluation_seconds": 3.0})
+        log.record(1, METRICS)
+        log.record_evaluation(1, {"eval/math/avg@8": 0.5, "time/evaluation_seconds": 2.0})
+    lines = out.getvalue().splitlines()
+    assert lines[0] == "evaluation at step 0  math/avg@8 0.25"
+    assert lines[1].startswith("step 1/10") and lines[2] == "evaluation at step 1  math/avg@8 0.5"
+    assert len(lines) == 3
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    seen = [(event.step, event.value) for event in events.Scalars("eval/math/avg@8")]
+    assert seen == [(0, 0.25), (1, 0.5)]
+    recorded = read_metrics(tmp_path / "metrics.jsonl").lines
+    assert [line["eval/math/avg@8"] for line in recorded] == [0.25, 0.5]
+
+
+def test_a_second_bar_while_an_evaluation_samples(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "160")
+    out = Terminal()
+    with writer(tmp_path, out) as log, log.progress("evaluation") as progress:
+        assert progress is not None
+        progress(3, 77)
+        assert log._display is not None and log._display._bar is not None
+        log._display._bar.refresh()
+    assert "3/77" in out.getvalue() and "evaluation" in out.getvalue()
