@@ -6,10 +6,9 @@ all of them as one UserError; process groups and models are made in the same ord
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -17,46 +16,56 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.distributed as dist
 
+from megatron_vopd import evaluation
 from megatron_vopd.collector import Grader as GradeRollout
 from megatron_vopd.collector import RolloutCollector
 from megatron_vopd.config import Config
 from megatron_vopd.config.schema import TeacherSection
 from megatron_vopd.config.world import layouts
 from megatron_vopd.curriculum import build_curriculum
-from megatron_vopd.data import PromptTokenizer, TrainingPrompts, load_training_prompts
+from megatron_vopd.data import (
+    Prompts,
+    PromptTokenizer,
+    TrainingPrompts,
+    load_evaluation_prompts,
+    load_training_prompts,
+)
+from megatron_vopd.evaluation import Evaluator
 from megatron_vopd.grading import Grader
 from megatron_vopd.hf_folder import read_model_folder
 from megatron_vopd.hf_mapping import LayerSpec
 from megatron_vopd.hub import local_model_folder
 from megatron_vopd.model import ModelOptions
 from megatron_vopd.model_facts import ModelError
-from megatron_vopd.parallel import Groups, in_step, independent_groups, student_groups
+from megatron_vopd.parallel import (
+    Groups,
+    in_step,
+    in_step_all,
+    independent_groups,
+    student_groups,
+)
 from megatron_vopd.preflight import preflight
 from megatron_vopd.problems import ConfigError, Problem, shown
 from megatron_vopd.prompt_stream import PromptStream
 from megatron_vopd.responses import load_responses
-from megatron_vopd.rollout.choose import make_engine
-from megatron_vopd.rollout.engine import Engine, PushReport
+from megatron_vopd.rollout.engine import Engine, Progress
 from megatron_vopd.run_checkpoint import RunCheckpoints
+from megatron_vopd.run_engine import Pusher, make_run_engine, run_probe
+from megatron_vopd.run_folder import step_dir
 from megatron_vopd.run_log import MetricsWriter
 from megatron_vopd.run_resume import Resume
 from megatron_vopd.run_start import begin, record_config, run_identity
-from megatron_vopd.scoring import sequence_logprobs
-from megatron_vopd.settings import step_settings
+from megatron_vopd.settings import StepSettings, step_settings
 from megatron_vopd.stop_ids import stop_ids
 from megatron_vopd.stopping import StopFlag
 from megatron_vopd.student import Student, load_student
 from megatron_vopd.teacher import Teacher
 from megatron_vopd.trainer import Trainer
 from megatron_vopd.types import Rollout
-from megatron_vopd.weight_sync import Probe, is_leader, make_probe, push
 
 Model = TypeVar("Model")
 
 _DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Largest gap between engine and trainer on one token of the probe, nats, by what both compute in.
-_PROBE_TOLERANCES = {"fp32": 1e-4, "bf16": 0.3}
-_PROBE_LENGTH = 48
 # Ranks without an engine wait in a collective while a leader's engine starts (LocalSettings.
 # start_seconds) or answers (rollout.deadline_seconds), and a while longer for a busy machine.
 START_SECONDS, MARGIN_SECONDS = 600.0, 300.0
@@ -67,6 +76,8 @@ class Run:
     """A run that is ready to train. Close it on every rank.
 
     Attributes:
+        pusher: gives the engines weights; None: the run needs no engine.
+        evaluator: None: the run is not evaluated.
         extra: JSON values that are saved with each checkpoint and come back with a resume, the
             same on every rank; for what is not the trainer's, such as the best evaluation.
     """
@@ -79,6 +90,7 @@ class Run:
     engine: Engine | None
     pusher: Pusher | None
     resources: ExitStack
+    evaluator: Evaluator | None = None
     writer: MetricsWriter | None = None
     extra: dict[str, Any] = field(default_factory=dict)
     checkpoints: RunCheckpoints = field(init=False)
@@ -90,31 +102,13 @@ class Run:
         else:
             _announce(self.config, text)
 
+    def progress(self, what: str) -> AbstractContextManager[Progress | None]:
+        """A bar for the reader, on the rank that has the terminal."""
+        return nullcontext() if self.writer is None else self.writer.progress(what)
+
     def close(self) -> None:
         """End the engine and everything else that was started."""
         self.resources.close()
-
-
-class Pusher:
-    """Gives the engines the student's weights, and keeps the report of the last push."""
-
-    def __init__(self, student: Student, engine: Engine | None, probe: Probe, longest: int) -> None:
-        self._student, self._engine, self._probe, self._longest = student, engine, probe, longest
-        self.report: PushReport | None = None
-
-    def __call__(self, policy_version: int) -> PushReport:
-        student = self._student
-        self.report = push(
-            student.bare,
-            student.facts,
-            student.groups,
-            self._engine,
-            policy_version,
-            lambda sequences: sequence_logprobs(student, sequences, self._longest),
-            self._probe,
-            student.options.layer_spec,
-        )
-        return self.report
 
 
 @dataclass(frozen=True)
@@ -206,10 +200,28 @@ def _go_on(run: Run, resume: Resume) -> None:
     if resume.folder is not None:
         run.extra = run.checkpoints.load(resume.folder)
         run.say(f"resumed: step {resume.step}, from {resume.folder}")
+        _go_on_evaluating(run)
     record_config(run.run_dir, run.config)
-    writer = in_step(lambda: _writer(run.config, run.run_dir, run.resources, resume.step))
+    last_step = -1 if resume.folder is None else resume.step
+    writer = in_step(lambda: _writer(run.config, run.run_dir, run.resources, last_step))
     if writer is not None:
-        run.writer, run.trainer.sink = writer, _Sink(writer, run.engine, run.pusher)
+        # Engines that only evaluate have nothing to say of a step.
+        sources = (run.engine, run.pusher) if run.config.has_rollouts else (None, None)
+        run.writer, run.trainer.sink = writer, _Sink(writer, *sources)
+
+
+def _go_on_evaluating(run: Run) -> None:
+    """Take the best evaluation from the checkpoint, where it can be compared with later ones."""
+    evaluator, saved = run.evaluator, run.extra.get(evaluation.KEY)
+    if evaluator is None or saved is None:
+        return
+    best = evaluation.best_of(run.extra)
+    # The best is only worth something with its weights, which are the start's before any step.
+    found = best is not None and (not best.step or step_dir(run.run_dir, best.step).is_dir())
+    remark = evaluator.load_state_dict(saved, in_step_all(lambda: found)[0])
+    if remark:
+        run.say(f"note: {remark}")
+    run.extra[evaluation.KEY] = evaluator.state_dict()
 
 
 def _assembled(
@@ -229,27 +241,30 @@ def _assembled(
     student, teachers = _models(config, device, student_dir)
     vocab_size = min(model.facts.vocab_size for model in (student, *teachers.values()))
     engine, pusher = stand_in, None
-    if settings.num_asked and stand_in is None:
-        engine = in_step(lambda: _engine(config, student, student_dir, run_dir, device))
+    if (settings.num_asked or config.evaluates) and stand_in is None:
+        engine = in_step(lambda: make_run_engine(config, student, student_dir, run_dir, device))
         if engine is not None:
             stack.callback(engine.close)
-        pusher = Pusher(student, engine, _probe(config, vocab_size), _longest_row(config))
-    collector = RolloutCollector(
-        student.groups,
-        engine,
-        sources.prompts.stream,
-        settings,
-        vocab_size,
-        device,
-        sources.responses,
-        _grader(config, tokenizer, stack),
-        pusher,
-        stop,
-    )
+        longest = config.train.max_tokens_per_microbatch
+        pusher = Pusher(student, engine, run_probe(config, vocab_size), longest)
+    grader = _grader(tokenizer, stack)
+
+    def collector(
+        prompts: Any, settings: StepSettings, responses: Any, grader: Any, pusher: Any
+    ) -> RolloutCollector:
+        known = (vocab_size, device, responses, grader, pusher, stop)
+        return RolloutCollector(student.groups, engine, prompts, settings, *known)
+
     trainer = Trainer(
         student,
         teachers,
-        collector,
+        collector(
+            sources.prompts.stream,
+            settings,
+            sources.responses,
+            grader if settings.task_reward_weight else None,
+            pusher if config.has_rollouts else None,
+        ),
         build_curriculum(config.curriculum),
         settings,
         held_out=sources.prompts.held_out,
@@ -257,6 +272,15 @@ def _assembled(
     )
     identity = run_identity(config, student.facts) if stand_in is None else {}
     run = Run(config, run_dir, student_dir, student, trainer, engine, pusher, stack)
+    if sources.problems and stand_in is None:
+        run.evaluator = Evaluator(
+            config.evaluation,
+            {task: found.prompts for task, found in sources.problems.items()},
+            collector(None, replace(settings, max_staleness=0), None, grader, pusher),
+            ends,
+            config.run.seed,
+            config.train.steps,
+        )
     folders, keep = (run_dir, Path(student_dir)), config.checkpoint.keep
     run.checkpoints = RunCheckpoints(*folders, student, trainer, identity, keep, run.say)
     return run
@@ -318,67 +342,36 @@ def _loaded(key: str, folder: str, load: Callable[[], Model]) -> Model:
 class _Sources:
     prompts: TrainingPrompts
     responses: Any
+    problems: dict[str, Prompts]
 
 
 def _sources(
     config: Config, tokenizer: PromptTokenizer, ends: tuple[int, ...], student_dir: str
 ) -> _Sources:
-    """Prompts to answer, and ready responses, as far as the objective's prefixes need them."""
-    responses, asks = None, "student" in config.objective.prefix_fractions
+    """Prompts to answer, and ready responses, as far as the objective's prefixes need them; then
+    the problems of the evaluation.
+    """
+    problems = load_evaluation_prompts(config, tokenizer) if config.evaluates else {}
+    for task, found in problems.items():
+        counts = f"{len(found.prompts)} problems, {found.num_too_long} left out as too long"
+        _announce(config, f"evaluation: {task}, {counts}")
+    responses = None
     if set(config.objective.prefix_fractions) - {"student"}:
         longest = read_model_folder(student_dir).facts.max_positions
         context = min(longest, config.train.max_tokens_per_microbatch)
         ready = load_responses(config, tokenizer, ends, context)
         responses = PromptStream(ready.rollouts, config.run.seed)
-        if not asks and config.data.train is None:
+        if not config.has_rollouts and config.data.train is None:
             given = [rollout.prompt for rollout in ready.rollouts]
             unused = TrainingPrompts(PromptStream(given, config.run.seed), [], 0)
-            return _Sources(unused, responses)
+            return _Sources(unused, responses, problems)
     prompts = load_training_prompts(config, tokenizer)
     counts = f"{len(prompts.stream)} prompts, {prompts.num_too_long} left out as too long"
     _announce(config, f"data: {counts}, {len(prompts.held_out)} held out")
-    return _Sources(prompts, responses)
+    return _Sources(prompts, responses, problems)
 
 
-def _engine(
-    config: Config, student: Student, student_dir: str, run_dir: Path, device: str
-) -> Engine | None:
-    if not is_leader(student.groups):
-        return None
-    longest = config.data.max_prompt_tokens + config.max_response_tokens
-    return make_engine(
-        config,
-        student_dir,
-        run_dir,
-        student.groups.coordinates.dp,
-        student.groups.layout.dp,
-        min(max(longest, _PROBE_LENGTH + 1), student.facts.max_positions),
-        device,
-        _own_gpu() if device == "cuda" else None,
-    )
-
-
-def _own_gpu() -> str:
-    """This rank's GPU as the engine's process has to name it."""
-    visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
-    local_rank = int(os.environ["LOCAL_RANK"])
-    return visible[local_rank] if visible else str(local_rank)
-
-
-def _probe(config: Config, vocab_size: int) -> Probe:
-    exact = config.student.dtype == config.rollout.dtype == "fp32"
-    length = min(_PROBE_LENGTH, config.train.max_tokens_per_microbatch)
-    tolerance = _PROBE_TOLERANCES["fp32" if exact else "bf16"]
-    return make_probe(vocab_size, length=length, tolerance=tolerance)
-
-
-def _longest_row(config: Config) -> int:
-    return config.train.max_tokens_per_microbatch
-
-
-def _grader(config: Config, tokenizer: PromptTokenizer, stack: ExitStack) -> GradeRollout | None:
-    if config.objective.task_reward_weight == 0:
-        return None
+def _grader(tokenizer: PromptTokenizer, stack: ExitStack) -> GradeRollout:
     grader = stack.enter_context(Grader())
 
     def grade(rollout: Rollout) -> float:

@@ -20,7 +20,7 @@ from megatron_vopd.config.table import as_yaml, config_table_markdown
 from megatron_vopd.config.world import smallest_world
 from megatron_vopd.preflight import preflight
 from megatron_vopd.problems import ConfigError, Problem, shown
-from megatron_vopd.report import write_report
+from megatron_vopd.report import described, write_report
 from megatron_vopd.types import Layout, UserError
 
 OK, MISTAKE = 0, 2
@@ -144,7 +144,7 @@ def report(run_dir: str) -> int:
         return MISTAKE
     if recorded.is_torn:
         print(f"{run_dir}: the last metrics line is torn and left out", file=sys.stderr)
-    print(f"{path}: {len(recorded.lines)} steps")
+    print(f"{path}: {described(recorded)}")
     return OK
 
 

@@ -17,12 +17,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from megatron_vopd.grading import Outcome
 from megatron_vopd.parallel import Groups
 from megatron_vopd.responses import shortened
 from megatron_vopd.rollout.accounting import check_rollouts
-from megatron_vopd.rollout.engine import Engine, EngineError, Sampling
+from megatron_vopd.rollout.engine import Engine, EngineError, Progress, Sampling
 from megatron_vopd.settings import StepSettings
-from megatron_vopd.sharing import Graded, raise_together, share_rollouts
+from megatron_vopd.sharing import Graded, raise_together, share_outcomes, share_rollouts
 from megatron_vopd.stopping import StopFlag
 from megatron_vopd.types import Prompt, Rollout
 
@@ -57,10 +58,11 @@ Answer = list[tuple[Rollout, float]]
 
 @dataclass(frozen=True)
 class Request:
-    """What one step asks the engines for, the same on every rank."""
+    """What one step asks the engines for, the same on every rank but for who shows progress."""
 
     prompts: list[Prompt]
     sampling: Sampling
+    progress: Progress | None = None
 
 
 class RolloutCollector:
@@ -128,12 +130,13 @@ class RolloutCollector:
         deadline = self._settings.deadline_seconds + GRACE_SECONDS
         # Not ended by a request to stop: weights may have changed since the step began, so that
         # these responses could not be sampled again.
-        self._ready = self._shared(
+        own = self._own(
             flight.request,
             lambda: flight.result(deadline),
             lambda: self._generate(flight.request),
             policy_version,
         )
+        self._ready = self._shared(flight.request, own)
 
     def push(self, policy_version: int) -> None:
         """Give the engines the student's weights, once nothing is sampled from the old ones."""
@@ -148,6 +151,26 @@ class RolloutCollector:
         self.settle(policy_version)
         graded = self._collect(Request(list(prompts), sampling), policy_version)
         return [one.rollout for one in graded]
+
+    def outcomes(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        policy_version: int,
+        progress: Progress | None = None,
+    ) -> list[Outcome]:
+        """Grades and lengths of responses to prompts of one's own, in order, on every rank.
+
+        Args:
+            progress: of this rank's engine.
+        """
+        self.settle(policy_version)
+        # The engine's report is that of the step's responses, which its metrics are made of.
+        report = None if self._engine is None else self._engine.generation
+        own = self._asked(Request(list(prompts), sampling, progress), policy_version)
+        if self._engine is not None:
+            self._engine.generation = report
+        return share_outcomes(own, self._device)
 
     def state_dict(self, policy_version: int) -> dict[str, Any]:
         """JSON values: positions of the data, and responses sampled but not yet trained on."""
@@ -183,11 +206,17 @@ class RolloutCollector:
         return Request(self._prompts.next(settings.num_asked), sampling)
 
     def _collect(self, request: Request, policy_version: int) -> list[Graded]:
+        return self._shared(request, self._asked(request, policy_version))
+
+    def _shared(self, request: Request, own: list[Graded]) -> list[Graded]:
+        return share_rollouts(own, request.prompts, request.sampling.samples, self._device)
+
+    def _asked(self, request: Request, policy_version: int) -> list[Graded]:
         def answer() -> Answer:
             with nullcontext() if self._stop is None else self._stop.abortable():
                 return self._generate(request)
 
-        return self._shared(request, answer, answer, policy_version)
+        return self._own(request, answer, answer, policy_version)
 
     def _generate(self, request: Request) -> Answer:
         """This leader's share of the answers, with grades; also called in a thread."""
@@ -195,7 +224,7 @@ class RolloutCollector:
         if not own:
             return []
         assert self._engine is not None, "a data-parallel leader without an engine"
-        rollouts = self._engine.generate(own, request.sampling)
+        rollouts = self._engine.generate(own, request.sampling, request.progress)
         nothing = float("nan")
         return [(r, self._grader(r) if self._grader else nothing) for r in rollouts]
 
@@ -204,26 +233,26 @@ class RolloutCollector:
         is_leader = (at.tp, at.cp, at.pp) == (0, 0, 0)
         return request.prompts[at.dp :: self._groups.layout.dp] if is_leader else []
 
-    def _shared(
+    def _own(
         self,
         request: Request,
         answer: Callable[[], Answer],
         again: Callable[[], Answer],
         version: int,
     ) -> list[Graded]:
-        """Every rank's answers in order; after a failure from engines that were started again."""
+        """This rank's answers; after a failure on any rank from engines that were started again."""
         try:
-            return self._shared_once(request, answer, version)
+            return self._own_once(request, answer, version)
         except EngineError:
             if self._push is None:
                 raise
         self._push(version)
-        return self._shared_once(request, again, version)
+        return self._own_once(request, again, version)
 
-    def _shared_once(
+    def _own_once(
         self, request: Request, answer: Callable[[], Answer], version: int
     ) -> list[Graded]:
-        """Every rank's answers in order; a failure on one rank is raised on all."""
+        """This rank's answers with their places; a failure on one rank is raised on all."""
         own, error = [], None
         samples, at, layout = (
             request.sampling.samples,
@@ -243,7 +272,7 @@ class RolloutCollector:
         except Exception as caught:  # whatever it is: the other ranks wait to be told
             error = caught
         raise_together(error)
-        return share_rollouts(own, request.prompts, samples, self._device)
+        return own
 
 
 class _Flight:
@@ -274,8 +303,8 @@ class _Flight:
         return self._answer
 
 
-def step_seed(seed: int, step: int) -> int:
-    """Seed of a step's sampling, 0 <= seed < 2^63."""
+def step_seed(seed: int, step: int | str) -> int:
+    """Seed of a step's sampling, or of what else is sampled by its name; 0 <= seed < 2^63."""
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 

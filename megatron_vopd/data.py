@@ -192,7 +192,9 @@ def load_prompts(
         for record, ids in zip(batch, tokenizer.prompt_ids(batch, config), strict=True):
             if len(ids) <= config.data.max_prompt_tokens:
                 answer = answer_of(record, config.data.answer_field, needs_answer)
-                prompts.append(Prompt(record.name, ids, answer, teacher_of(record, config)))
+                # No teacher scores what is evaluated.
+                teacher = "teacher" if evaluation else teacher_of(record, config)
+                prompts.append(Prompt(record.name, ids, answer, teacher))
     if not prompts:
         longest = config.data.max_prompt_tokens
         got = f"{num_records or 'no'} records"

@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_vopd.final_answer import conclusion, is_mathematical, is_same_text, reference_of
 from megatron_vopd.types import Prompt, Rollout, UserError
@@ -23,6 +24,15 @@ _START_SECONDS = 60.0
 _GRACE_SECONDS = 5.0
 # What is sent at once must fit into the pipe (64 KiB), or the write could wait for ever.
 _MAX_REFERENCE, _MAX_TEXT = 2000, 8000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an evaluation keeps of a response: its grade, length in tokens, whether it was cut."""
+
+    grade: float
+    num_tokens: int
+    is_truncated: bool
 
 
 class GradingError(RuntimeError):
@@ -185,22 +195,23 @@ def task_rewards(rollouts: Sequence[Rollout], grades: Sequence[float]) -> list[f
 
 
 def evaluation_metrics(
-    task: str, rollouts: Sequence[Rollout], grades: Sequence[float], samples: int, k: int
+    task: str, outcomes: Sequence[Outcome], samples: int, k: int
 ) -> dict[str, float]:
-    """`eval/<task>/{avg@samples,pass@k,length}` of one task's rollouts.
+    """`eval/<task>/{avg@samples,pass@k,length,truncated_frac}` of one task's responses.
 
     Args:
-        rollouts, grades: as in `task_rewards`, with `samples` rollouts of each prompt.
+        outcomes: `samples` of each prompt, one prompt after the other.
     """
-    if len(rollouts) != len(grades) or len(grades) % samples:
-        raise ValueError(
-            f"expected a grade for each of {samples} rollouts per prompt, got {len(grades)} grades "
-            f"for {len(rollouts)} rollouts"
-        )
-    grades_PG = [grades[start : start + samples] for start in range(0, len(grades), samples)]
-    num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    number = len(outcomes)
+    if number % samples:
+        raise ValueError(f"expected {samples} outcomes per prompt, got {number}")
+    grades = [outcome.grade for outcome in outcomes]
+    grades_PG = [grades[start : start + samples] for start in range(0, number, samples)]
+    num_tokens = sum(outcome.num_tokens for outcome in outcomes)
+    num_truncated = sum(outcome.is_truncated for outcome in outcomes)
     return {
         f"eval/{task}/avg@{samples}": avg_at_k(grades_PG),
         f"eval/{task}/pass@{k}": pass_at_k(grades_PG, k),
-        f"eval/{task}/length": num_tokens / len(rollouts) if rollouts else math.nan,
+        f"eval/{task}/length": num_tokens / number if number else math.nan,
+        f"eval/{task}/truncated_frac": num_truncated / number if number else math.nan,
     }

@@ -2,8 +2,9 @@
 
 A line is one write at the end of the file, and on the disk before the step counts as recorded. A
 kill in between leaves a torn last line, which opening cuts off; a run that resumes from an earlier
-step repeats what came after it, so opening also drops those lines. NaN and infinity, which JSON
-does not have, are null.
+step repeats what came after it, so opening also drops those lines. An evaluation is added to the
+line of its step; before the first step it makes a line 0. NaN and infinity, which JSON does not
+have, are null.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from megatron_vopd.types import UserError
 
 METRICS_NAME = "metrics.jsonl"
 _MAX_STEP = 2**53
+_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
 
 
 class MetricsError(UserError):
@@ -72,14 +74,14 @@ def _parsed(text: bytes) -> dict[str, Any] | None:
     return line if type(step) is int and 0 <= step < _MAX_STEP else None
 
 
-def metrics_line(step: int, metrics: Mapping[str, float]) -> str:
+def metrics_line(step: int, metrics: Mapping[str, float | None]) -> str:
     """The line of one step, with its end."""
     return json.dumps({"step": step, **{key: _json(v) for key, v in metrics.items()}}) + "\n"
 
 
-def _json(value: float) -> float | int | None:
-    if isinstance(value, int):
-        return int(value)
+def _json(value: float | None) -> float | int | None:
+    if value is None or isinstance(value, int):
+        return None if value is None else int(value)
     value = float(value)
     return value if math.isfinite(value) else None
 
@@ -92,7 +94,7 @@ class MetricsFile:
 
     Args:
         path: made when absent.
-        last_step: the step that the run goes on after; 0 for a new one.
+        last_step: the step that the run goes on after; -1 for a new one, which keeps nothing.
 
     Raises:
         MetricsError: the file is damaged in the middle, or cannot be written.
@@ -104,11 +106,10 @@ class MetricsFile:
         kept = [line for line in recorded.lines if line["step"] <= last_step]
         self.num_dropped = len(recorded.lines) - len(kept)
         self.last_recorded = kept[-1]["step"] if kept else -1
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
         try:
             if recorded.is_torn or self.num_dropped:
                 self._rewrite(len(kept))
-            self._fd = os.open(path, flags, 0o644)
+            self._fd = os.open(path, _FLAGS, 0o644)
             _sync_folder(path.parent)
         except OSError as error:
             raise MetricsError(f"{path}: {error.strerror}; check the run folder") from None
@@ -134,18 +135,39 @@ class MetricsFile:
             )
         self.last_recorded = step
 
+    def amend(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Add to the line of the last step, or record it where it has none yet.
+
+        The file is written anew beside its place: a kill leaves the line with or without them.
+
+        Raises:
+            ValueError: a step before the last recorded one.
+            MetricsError: the disk refuses; the line stays as it was.
+        """
+        if step != self.last_recorded:
+            self.append(step, metrics)
+            return
+        lines = read_metrics(self._path).lines
+        last = {key: value for key, value in lines[-1].items() if key != "step"}
+        try:
+            self._rewrite(len(lines) - 1, metrics_line(step, last | dict(metrics)).encode())
+            os.close(self._fd)
+            self._fd = os.open(self._path, _FLAGS, 0o644)
+        except OSError as error:
+            raise MetricsError(f"{self._path}: {error.strerror}; free space on the disk") from None
+
     def close(self) -> None:
         """May be called twice."""
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
 
-    def _rewrite(self, num_lines: int) -> None:
-        """Keep the first lines only: written beside, then renamed."""
+    def _rewrite(self, num_lines: int, last: bytes = b"") -> None:
+        """Keep the first lines only, with `last` after them: written beside, then renamed."""
         content = b"".join(self._path.read_bytes().splitlines(keepends=True)[:num_lines])
         beside = self._path.with_name(self._path.name + ".tmp")
         with open(beside, "wb") as file:
-            file.write(content)
+            file.write(content + last)
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self._path)

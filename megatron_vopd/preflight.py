@@ -86,8 +86,7 @@ def _layout_problems(config: Config, key: str, model: ModelFolder, layout: Layou
 def _context_problems(config: Config, key: str, model: ModelFolder) -> list[Problem]:
     prompt = config.data.max_prompt_tokens
     longest = {"curriculum.ladder": config.max_response_tokens}
-    evaluates = config.data.evaluation is not None and config.evaluation.interval > 0
-    if key == "student" and evaluates:
+    if key == "student" and config.evaluates:
         longest["evaluation.max_tokens"] = config.evaluation.max_tokens
     return [
         Problem(

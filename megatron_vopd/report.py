@@ -37,7 +37,7 @@ _CHARTS: tuple[tuple[str, str, str], ...] = (
     ("Advantage and reward", r"(advantage|reward)/(mean|std)", "nats"),
     ("Top-k", r"topk/.+|kl/topk.+", "mass, nats^2"),
     ("Response length", r"rollout/length.+|curriculum/max_response_tokens", "tokens"),
-    ("How responses end", r"rollout/.+_frac", "share of responses"),
+    ("How responses end", r"rollout/.+_frac|eval/.+/truncated_frac", "share of responses"),
     ("Engine against trainer", r"mismatch/.+", ""),
     ("Loss", r"loss/(?!num_).+", "per token"),
     ("Gradient norm", r"optim/grad_norm", ""),
@@ -200,7 +200,7 @@ def report_html(name: str, recorded: Recorded, config_text: str | None) -> str:
         if drawn:
             figures.append(chart(title, unit, drawn))
     figures += [chart(curve.name, "", [curve]) for curve in left]
-    steps = f"{len(lines)} recorded steps, {lines[0]['step']} to {lines[-1]['step']}"
+    steps = described(recorded)
     if recorded.is_torn:
         steps += "; the last line was torn and is left out"
     title = html.escape(name)
@@ -214,6 +214,14 @@ def report_html(name: str, recorded: Recorded, config_text: str | None) -> str:
         f"<style>{_STYLE}</style></head><body><h1>{title}</h1><p>{steps}</p>"
         f"<main>{''.join(figures)}</main>{settings}</body></html>\n"
     )
+
+
+def described(recorded: Recorded) -> str:
+    """How many steps there are; the evaluation before the first is none."""
+    steps = [line["step"] for line in recorded.lines if line["step"] > 0]
+    if not steps:
+        return "no step yet, but an evaluation before the first"
+    return f"{len(steps)} recorded steps, {steps[0]} to {steps[-1]}"
 
 
 def write_report(run_dir: Path) -> tuple[Path, Recorded]:

@@ -3,6 +3,7 @@
     RUN/checkpoints/step_N/     published whole, never written to again
     RUN/checkpoints/latest      the name of the newest one, for the reader; resuming goes by hashes
     RUN/status.json             why the last process ended, for the launch script
+    RUN/best.json               the best evaluation so far, and where its weights are
 
 All functions are for one rank; what they decide is given to the others by the caller.
 """
@@ -31,7 +32,7 @@ from megatron_vopd.publish import (
 )
 
 KIND = "training run"
-LATEST_NAME, STATUS_NAME = "latest", "status.json"
+LATEST_NAME, STATUS_NAME, BEST_NAME = "latest", "status.json", "best.json"
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]{0,15})")
 _MAX_LATEST_BYTES = 64
 
@@ -62,6 +63,11 @@ def checkpoints_dir(run_dir: Path) -> Path:
 
 def step_dir(run_dir: Path, step: int) -> Path:
     return checkpoints_dir(run_dir) / f"step_{step}"
+
+
+def hf_dir(run_dir: Path, step: int) -> Path:
+    """Where the student after `step` steps is exported to."""
+    return run_dir / "hf" / f"step_{step}"
 
 
 def step_of(name: str) -> int | None:
@@ -143,6 +149,17 @@ def write_status(run_dir: Path, status: Status) -> None:
     _replace_text(run_dir / STATUS_NAME, json.dumps(asdict(status)) + "\n")
 
 
+def write_best(run_dir: Path, metric: str, value: float, step: int) -> None:
+    """The best evaluation; its checkpoint and export are named by paths in the run folder."""
+    folders = {"checkpoint": step_dir(run_dir, step), "hf": hf_dir(run_dir, step)}
+    found = {
+        key: str(folder.relative_to(run_dir)) if folder.is_dir() else None
+        for key, folder in folders.items()
+    }
+    best = {"metric": metric, "value": value, "step": step, **found}
+    _replace_text(run_dir / BEST_NAME, json.dumps(best) + "\n")
+
+
 def _replace_text(path: Path, text: str) -> None:
     """Written beside, flushed, then renamed: a reader sees the old text or the new one."""
     beside = path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
@@ -209,6 +226,7 @@ def remove_stale(run_dir: Path) -> None:
     if not folder.is_dir():
         return
     remove_leftovers(folder / "step_*")
-    for path in [*folder.glob(f"{LATEST_NAME}.tmp-*"), *run_dir.glob(f"{STATUS_NAME}.tmp-*")]:
+    beside = [path for name in (STATUS_NAME, BEST_NAME) for path in run_dir.glob(f"{name}.tmp-*")]
+    for path in [*folder.glob(f"{LATEST_NAME}.tmp-*"), *beside]:
         if regular_size(path) is not None:
             path.unlink()

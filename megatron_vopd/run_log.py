@@ -10,7 +10,8 @@ import math
 import sys
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from megatron_vopd.metrics_file import METRICS_NAME, MetricsFile
 from megatron_vopd.problems import Problem
+from megatron_vopd.rollout.engine import Progress as Report
 from megatron_vopd.types import UserError
 
 # What a line shows: label, metric, format.
@@ -78,7 +80,8 @@ class Display:
                 TextColumn("{task.fields[at]}", markup=False),
             )
             self._bar = Progress(*columns, console=Console(file=out, highlight=False, markup=False))
-            self._task = self._bar.add_task("", total=total_steps, completed=last_step, at="")
+            done = max(last_step, 0)
+            self._task = self._bar.add_task("", total=total_steps, completed=done, at="")
             self._bar.start()
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -88,9 +91,25 @@ class Display:
             self._bar.update(self._task, completed=step, at=line)
         else:
             self.say(f"step {step}/{self._total_steps}  {line}")
+        self.evaluation(step, metrics)
+
+    def evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the evaluation in `metrics`, if any."""
         evaluated = evaluation_summary(metrics)
         if evaluated:
             self.say(f"evaluation at step {step}  {evaluated}")
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Report | None]:
+        """A second bar for something long between two steps, on a real terminal only."""
+        if self._bar is None:
+            yield None
+            return
+        bar, task = self._bar, self._bar.add_task("", total=None, at=what)
+        try:
+            yield lambda finished, total: bar.update(task, completed=finished, total=total)
+        finally:
+            bar.remove_task(task)
 
     def say(self, text: str) -> None:
         """A line that stays."""
@@ -114,7 +133,8 @@ class MetricsWriter:
         wandb: log to Weights & Biases too, under the name of the run folder.
         console: show steps on `out`.
         total_steps: of the run.
-        last_step: the step that the run goes on after; what was recorded later is dropped.
+        last_step: the step that the run goes on after; what was recorded later is dropped. -1:
+            everything.
         out: where to show; None: standard output.
 
     Raises:
@@ -145,19 +165,41 @@ class MetricsWriter:
         self.close()
 
     def record(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Report a completed step, its evaluation included: once per step, steps ascending.
+        """Report a completed step: once per step, steps ascending.
 
         Call it before the step is saved in a checkpoint, so that no saved step lacks its line.
         """
         self._file.append(step, metrics)
+        self._log(step, metrics)
+        if self._display is not None:
+            self._display.step(step, metrics)
+
+    def record_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Report the evaluation after the last recorded step, in that step's line; 0: before any.
+
+        Call it before the step is saved in a checkpoint, as `record`.
+        """
+        self._file.amend(step, metrics)
+        self._log(step, metrics)
+        if self._display is not None:
+            self._display.evaluation(step, metrics)
+
+    def _log(self, step: int, metrics: Mapping[str, float]) -> None:
         finite = {key: float(value) for key, value in metrics.items() if math.isfinite(value)}
         if self._events is not None:
             for key, value in finite.items():
                 self._events.add_scalar(key, value, step)
         if self._wandb is not None:
             self._wandb.log(finite, step=step)
-        if self._display is not None:
-            self._display.step(step, metrics)
+
+    @contextmanager
+    def progress(self, what: str) -> Iterator[Report | None]:
+        """A bar for something long between two steps; None where none is shown."""
+        if self._display is None:
+            yield None
+            return
+        with self._display.progress(what) as report:
+            yield report
 
     def say(self, text: str) -> None:
         """A line for the reader, which is no metric."""

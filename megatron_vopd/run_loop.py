@@ -1,8 +1,9 @@
 """A run from its first step to its last: checkpoints on the way, and how it ended in `status.json`.
 
-Checkpoints come every `checkpoint.interval` steps, after the last step, and when a stop is
-requested; with `export_hf` each also becomes a HuggingFace folder beside it. All functions here but
-`ending_noted` are collectives.
+Evaluations come before the first step, every `evaluation.interval` steps and after the last one;
+checkpoints every `checkpoint.interval` steps, after an evaluation that is the best so far, after
+the last step, and when a stop is requested; with `export_hf` each also becomes a HuggingFace folder
+beside it. All functions here but `ending_noted` are collectives.
 """
 
 from __future__ import annotations
@@ -15,7 +16,9 @@ from pathlib import Path
 
 import torch.distributed as dist
 
+from megatron_vopd import evaluation
 from megatron_vopd.assembly import Run
+from megatron_vopd.evaluation import best_of
 from megatron_vopd.grading import GradingError
 from megatron_vopd.guard import SkipLimitError
 from megatron_vopd.parallel import in_step, in_step_all
@@ -23,10 +26,13 @@ from megatron_vopd.publish_together import on_rank_0
 from megatron_vopd.run_folder import (
     Reason,
     Status,
+    hf_dir,
     saved_steps,
     step_of,
+    write_best,
     write_status,
 )
+from megatron_vopd.sharing import StopRequested
 from megatron_vopd.student_export import export_student
 from megatron_vopd.types import UserError
 
@@ -41,14 +47,46 @@ def train(run: Run) -> Reason:
     last = run.config.train.steps
 
     def after_step(step: int) -> bool:
-        if section.interval and step % section.interval == 0 and step < last:
+        is_best = evaluate(run)
+        is_due = section.interval > 0 and step % section.interval == 0
+        if (is_due or is_best) and step < last:
             save(run)
-        return trainer.stop is None or not trainer.stop.anywhere()
+        return not _is_stopped(run)
 
+    # Before the first step, or where a stop had cut an evaluation short.
+    if evaluate(run):
+        save(run)
     trainer.fit(last, after_step)
     is_done = trainer.step >= last
     save(run, has_time=is_done)
     return "done" if is_done else "preempted"
+
+
+def evaluate(run: Run) -> bool:
+    """Evaluate when it is due, and record it; whether that was the best of all steps so far.
+
+    A stop cuts an evaluation short; the next start makes it again.
+    """
+    evaluator, trainer = run.evaluator, run.trainer
+    if evaluator is None or not evaluator.is_due(trainer.step) or _is_stopped(run):
+        return False
+    version = trainer.policy_version
+    trainer.collector.settle(version)
+    assert run.pusher is not None, "an evaluation without engines"
+    run.pusher.ensure(version)
+    try:
+        with run.progress("evaluation") as progress:
+            values = evaluator(trainer.step, version, progress)
+    except StopRequested:
+        return False
+    run.extra[evaluation.KEY] = evaluator.state_dict()
+    in_step(lambda: run.writer and run.writer.record_evaluation(trainer.step, values))
+    return evaluator.best is not None and evaluator.best.step == trainer.step > 0
+
+
+def _is_stopped(run: Run) -> bool:
+    stop = run.trainer.stop
+    return stop is not None and stop.anywhere()
 
 
 def save(run: Run, has_time: bool = True) -> None:
@@ -58,16 +96,20 @@ def save(run: Run, has_time: bool = True) -> None:
         has_time: False: a launcher waits for this process to end, and will kill it; an export has
             to wait for the next start.
     """
-    folder = run.checkpoints.save(run.extra)
+    best = best_of(run.extra)
+    folder = run.checkpoints.save(run.extra, keep_also=() if best is None else {best.step})
     run.say(f"saved: {folder}")
-    if not run.config.checkpoint.export_hf or not has_time:
-        return
-    step = run.trainer.step
-    out_dir = run.run_dir / "hf" / f"step_{step}"
-    if not in_step_all(lambda: out_dir.exists())[0]:
-        export_student(run.student, run.student_dir, out_dir)
-        run.say(f"the student is in {out_dir}")
-    in_step(lambda: on_rank_0(lambda: _remove_exports(run.run_dir, step)))
+    if run.config.checkpoint.export_hf and has_time:
+        step = run.trainer.step
+        out_dir = hf_dir(run.run_dir, step)
+        if not in_step_all(lambda: out_dir.exists())[0]:
+            export_student(run.student, run.student_dir, out_dir)
+            run.say(f"the student is in {out_dir}")
+        in_step(lambda: on_rank_0(lambda: _remove_exports(run.run_dir, step)))
+    evaluator = run.evaluator
+    if best is not None and evaluator is not None:
+        named = (evaluator.metric, best.value, best.step)
+        in_step(lambda: on_rank_0(lambda: write_best(run.run_dir, *named)))
 
 
 def _remove_exports(run_dir: Path, newest: int) -> None:

@@ -7,6 +7,7 @@ For one rank; the caller tells the others.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,7 +51,7 @@ def choose(run_dir: Path, resume: str) -> Resume:
         PublishError: the given folder is no checkpoint that verifies; the file is named.
     """
     remove_stale(run_dir)
-    steps, has_metrics = saved_steps(run_dir), _has_line(run_dir / "metrics.jsonl")
+    steps, has_metrics = saved_steps(run_dir), _has_step(run_dir / "metrics.jsonl")
     if resume == "never":
         if steps or has_metrics:
             raise ResumeError(
@@ -90,9 +91,13 @@ def _own_checkpoint(given: Path, steps: list[int]) -> Resume:
     return Resume(given, step, ())
 
 
-def _has_line(path: Path) -> bool:
+def _has_step(path: Path) -> bool:
+    """Whether a step was recorded; an evaluation before the first one, step 0, is none."""
     try:
         with open(path, "rb") as file:
-            return file.readline().endswith(b"\n")
+            line = file.readline()
+            if re.match(rb'\{"step": 0[,}]', line):
+                line = file.readline()
+            return line.endswith(b"\n")
     except FileNotFoundError:
         return False

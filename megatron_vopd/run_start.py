@@ -47,8 +47,8 @@ def begin(run_dir: Path, config: Config) -> Resume:
 
 def _require_vllm(config: Config) -> None:
     """Looked for before the models are loaded, which takes minutes."""
-    asks = "student" in config.objective.prefix_fractions and config.rollout.engine == "local"
-    if asks and find_spec("vllm") is None:
+    asks = config.has_rollouts or config.evaluates
+    if asks and config.rollout.engine == "local" and find_spec("vllm") is None:
         remedy = "install it (CPU: make engine), or set rollout.engine=server"
         raise _refused("rollout.engine", "local", "vLLM installed beside this package", remedy)
 

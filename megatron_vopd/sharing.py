@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_vopd.grading import Outcome
 from megatron_vopd.parallel import sum_over_world
 from megatron_vopd.rollout.engine import EngineError
 from megatron_vopd.types import FinishReason, Prompt, Rollout, UserError
@@ -55,6 +56,22 @@ def share_rollouts(
         for graded in _decode(ints.tolist(), floats.tolist(), prompts, samples)
     ]
     return sorted(shared, key=lambda graded: graded.order)
+
+
+def share_outcomes(own: Sequence[Graded], device: torch.device | str) -> list[Outcome]:
+    """Grades and lengths of all ranks' rollouts in order; the tokens stay where they are.
+
+    Every rank of the world calls it with its own (or none). An all-gather of four fp64 numbers for
+    each rollout.
+    """
+    numbers = [
+        (one.order, one.grade, len(one.rollout.response_ids), one.rollout.finish_reason == "length")
+        for one in own
+    ]
+    flat = [float(number) for row in numbers for number in row]
+    gathered = _gather(torch.tensor(flat, dtype=torch.float64, device=device))
+    rows = sorted(tuple(row) for part in gathered for row in part.view(-1, 4).tolist())
+    return [Outcome(grade, int(length), bool(cut)) for _, grade, length, cut in rows]
 
 
 def raise_together(error: Exception | None) -> None:

@@ -29,7 +29,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("collector", "forward", "student", "weight_sync", "evaluation"),
     ("teacher",),
     ("loss", "scoring"),
-    ("optimizer_state", "random_state", "run_folder", "run_resume", "run_identity"),
+    ("optimizer_state", "random_state", "run_folder", "run_resume", "run_identity", "run_engine"),
     ("trainer", "student_export"),
     ("run_checkpoint",),
     ("run_start",),

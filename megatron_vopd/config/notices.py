@@ -28,6 +28,7 @@ def _unused(config: Config) -> Iterator[tuple[str, bool, str]]:
     yield "data.responses", set(objective.prefix_fractions) == {"student"}, "another prefix"
     yield "rollout.samples_per_prompt", not rollouts, "rollouts of the student"
     yield "optimizer.min_learning_rate", config.optimizer.schedule == "constant", "a decay"
+    yield "data.evaluation", config.evaluation.interval == 0, "evaluation.interval > 0"
     yield "evaluation.samples", config.data.evaluation is None, "data.evaluation"
     yield "teacher", not config.scores_with_teacher, "another estimator than hard"
 

@@ -253,6 +253,16 @@ class Config(Section):
         return self.objective.estimator != "hard"
 
     @property
+    def has_rollouts(self) -> bool:
+        """Whether training has responses sampled from the student."""
+        return "student" in self.objective.prefix_fractions
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the run is evaluated; then it has engines, whatever it trains on."""
+        return self.data.evaluation is not None and self.evaluation.interval > 0
+
+    @property
     def max_response_tokens(self) -> int:
         """The longest response that training can ask for."""
         return self.curriculum.ladder[-1]

@@ -15,6 +15,7 @@ import pytest
 from megatron_vopd.final_answer import final_answer, last_boxed
 from megatron_vopd.grading import (
     Grader,
+    Outcome,
     avg_at_k,
     evaluation_metrics,
     group_normalised,
@@ -171,12 +172,17 @@ def test_rewards_and_evaluation_of_rollouts() -> None:
         for sample, length in ((0, 1), (1, 2), (0, 3), (1, 6))
     ]
     assert task_rewards(rollouts, [1.0, 0.0, 1.0, 1.0]) == [1.0, -1.0, 0.0, 0.0]
-    assert evaluation_metrics("m", rollouts, [1.0, 0.0, 0.0, 0.0], samples=2, k=2) == {
+    outcomes = [
+        Outcome(grade, length, length > 2)
+        for grade, length in ((1.0, 1), (0.0, 2), (0.0, 3), (0.0, 6))
+    ]
+    assert evaluation_metrics("m", outcomes, samples=2, k=2) == {
         "eval/m/avg@2": 0.25,
         "eval/m/pass@2": 0.5,
         "eval/m/length": 3.0,
+        "eval/m/truncated_frac": 0.5,
     }
-    with pytest.raises(ValueError, match="3 grades for 4 rollouts"):
-        evaluation_metrics("m", rollouts, [1.0] * 3, samples=2, k=2)
+    with pytest.raises(ValueError, match="expected 2 outcomes per prompt, got 3"):
+        evaluation_metrics("m", outcomes[:3], samples=2, k=2)
     with pytest.raises(ValueError, match=r"zip\(\)"):
         task_rewards(rollouts, [1.0])

@@ -45,7 +45,7 @@ def run_folder(tmp_path: Path, lines: list[dict[str, float | None]] | None = Non
 def test_one_page_with_every_curve(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = run_folder(tmp_path)
     assert main(["report", str(folder)]) == 0
-    assert capsys.readouterr().out == f"{folder}/report.html: 5 steps\n"
+    assert capsys.readouterr().out == f"{folder}/report.html: 5 recorded steps, 1 to 5\n"
     page = (folder / "report.html").read_text()
     root = ElementTree.fromstring(page.split("\n", 1)[1])
     captions = ["".join(caption.itertext()) for caption in root.iter("figcaption")]
@@ -93,7 +93,8 @@ def test_a_torn_line_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     before = path.read_bytes()
     assert main(["report", str(folder)]) == 0
     captured = capsys.readouterr()
-    assert "4 steps" in captured.out and captured.err.count("\n") == 1 and "torn" in captured.err
+    assert "4 recorded steps" in captured.out
+    assert captured.err.count("\n") == 1 and "torn" in captured.err
     assert "torn" in (folder / "report.html").read_text()
     assert path.read_bytes() == before, "the run may still be writing"
 
