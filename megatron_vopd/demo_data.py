@@ -77,7 +77,8 @@ def additions(number: int, digits: int, seed: int) -> list[Addition]:
     count = (high - low) ** 2
     if not 1 <= number <= count:
         raise UserError(
-            f"additions of {digits} digits: got {number}, expected 1 to {count}; ask for more digits"
+            f"additions of {digits} digits: got {number}, expected 1 to {count}; ask for fewer, or "
+            "for more digits"
         )
     draw = random.Random(f"additions {digits} {seed}")
     if 2 * number > count:
@@ -100,9 +101,7 @@ def save_problems(path: Path, problems: Iterable[Addition], with_response: bool)
     path.write_text("".join(lines), encoding="ascii")
 
 
-def save_data(
-    folder: Path, num_training: int, num_evaluation: int, digits: int, seed: int
-) -> None:
+def save_data(folder: Path, num_training: int, num_evaluation: int, digits: int, seed: int) -> None:
     """`train.jsonl` (with responses) and `evaluation.jsonl`, without a problem in common."""
     problems = additions(num_training + num_evaluation, digits, seed)
     folder.mkdir(parents=True, exist_ok=True)

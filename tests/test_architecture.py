@@ -35,6 +35,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("run_start",),
     ("assembly", "dry_run"),
     ("run_loop",),
+    ("demo_data", "demo_models", "demo_stages", "demo_report"),
+    ("demo",),
     ("train", "cli", "tool_cli"),
 )
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -60,7 +62,7 @@ FENCES: dict[str, set[str]] = {
     "math_verify": {"grading_worker"},
     "torch.utils.tensorboard": {"run_log"},
     "wandb": {"run_log"},
-    "transformers": {"data", "hf_io", "model", "conversion_check"},
+    "transformers": {"data", "hf_io", "model", "conversion_check", "demo_models"},
 }
 COLLECTIVE_MODULES = {
     "vocab_parallel",

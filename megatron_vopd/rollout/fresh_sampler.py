@@ -43,7 +43,9 @@ def greedy_texts(
             check=False,
         )
     if process.returncode != 0:
-        raise EngineError(f"vLLM on {model_dir}: exit status {process.returncode} (log: {log_path})")
+        raise EngineError(
+            f"vLLM on {model_dir}: exit status {process.returncode} (log: {log_path})"
+        )
     return json.loads(process.stdout.splitlines()[-1])
 
 
