@@ -32,7 +32,7 @@ from megatron_vopd.demo_data import (
 )
 from megatron_vopd.demo_models import save_model
 from megatron_vopd.demo_report import Bar, Results, save_plot, table
-from megatron_vopd.demo_stages import Stage, StageError, run_stage
+from megatron_vopd.demo_stages import Stage, StageError, configured_steps, run_stage
 from megatron_vopd.grading import Grader, GradingError
 from megatron_vopd.rollout.engine import EngineError
 from megatron_vopd.rollout.fresh_sampler import greedy_texts
@@ -239,7 +239,7 @@ def _stages(settings: DemoSettings) -> dict[str, Stage]:
             4,
             settings.steps,
             start.export,
-            f"run.name={name}",
+            name,
             f"objective.baseline={baseline}",
             f"teacher.path={teacher.export}",
         )
@@ -252,11 +252,11 @@ def _stage(
     num_ranks: int,
     steps: int | None,
     student: Path,
+    run_name: str = "",
     *more: str,
 ) -> Stage:
     out, longest = settings.out.resolve(), _longest_response(settings.digits)
     overrides = [
-        f"run.dir={out}",
         f"run.seed={settings.seed}",
         f"student.path={student.resolve()}",
         f"data.train={out / 'data' / 'train.jsonl'}",
@@ -268,9 +268,9 @@ def _stage(
     if name != "start":
         overrides.append(f"data.evaluation={out / 'data' / 'evaluation.jsonl'}")
         overrides.append(f"evaluation.max_tokens={longest}")
-    if steps is not None:
-        overrides.append(f"train.steps={steps}")
-    return Stage(CONFIGS / f"{name}.yaml", (*overrides, *more), num_ranks)
+    path = CONFIGS / f"{name}.yaml"
+    run_dir = out / (run_name or name)
+    return Stage(path, (*overrides, *more), num_ranks, run_dir, steps or configured_steps(path))
 
 
 def _fresh(settings: DemoSettings, export: Path) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+from transformers.utils.logging import disable_progress_bar
 
 END, UNKNOWN = "<|end|>", "<|unknown|>"
 # vLLM's attention on a CPU takes heads of 32 and its multiples.
@@ -59,6 +60,7 @@ def save_model(
         model = AutoModelForCausalLM.from_config(
             AutoConfig.for_model("qwen3", **sizes), dtype=torch.float32
         )
+    disable_progress_bar()
     model.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": vocab_size - 1}))
     return sum(parameter.numel() for parameter in model.parameters())

@@ -15,10 +15,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from megatron_vopd.config import Config, load_config
+import yaml
+
 from megatron_vopd.metrics_file import METRICS_NAME, read_metrics
 from megatron_vopd.run_folder import STATUS_NAME, hf_dir, saved_steps
 
+# One greedy response to each problem of evaluation.jsonl.
+ACCURACY = "eval/evaluation/avg@1"
 # On a real terminal a step is a bar, elsewhere a line; then every so many of them are shown.
 SHOWN_STEPS = 25
 # Ranks that are told to stop save first.
@@ -34,29 +37,31 @@ class StageError(RuntimeError):
 class Stage:
     """One run of `megatron_vopd.train`.
 
-    Args:
+    Attributes:
         config_path: YAML file.
-        overrides: `section.key=value`.
+        overrides: `section.key=value`, beyond those of folder and steps.
         num_ranks: processes on this machine.
+        run_dir: folder of the run.
+        steps: of the run.
     """
 
     config_path: Path
     overrides: tuple[str, ...]
     num_ranks: int
-
-    @property
-    def config(self) -> Config:
-        return load_config(str(self.config_path), list(self.overrides))
-
-    @property
-    def run_dir(self) -> Path:
-        config = self.config
-        return Path(config.run.dir) / config.run.name
+    run_dir: Path
+    steps: int
 
     @property
     def export(self) -> Path:
         """The HuggingFace folder of the student after the last step."""
-        return hf_dir(self.run_dir, self.config.train.steps)
+        return hf_dir(self.run_dir, self.steps)
+
+    @property
+    def arguments(self) -> list[str]:
+        """Of the training command."""
+        own = [f"run.dir={self.run_dir.parent}", f"run.name={self.run_dir.name}"]
+        own.append(f"train.steps={self.steps}")
+        return [str(self.config_path), *own, *self.overrides]
 
     def is_done(self) -> bool:
         """Whether all steps were made and the export is there."""
@@ -65,13 +70,17 @@ class Stage:
             ending = (status["reason"], status["step"])
         except (OSError, ValueError, LookupError, TypeError):
             return False
-        return ending == ("done", self.config.train.steps) and self.export.is_dir()
+        return ending == ("done", self.steps) and self.export.is_dir()
 
     def accuracies(self) -> dict[int, float]:
         """Step -> share of right answers in its evaluation, 0 to 1, by ascending step."""
-        key = f"eval/evaluation/avg@{self.config.evaluation.samples}"
         lines = read_metrics(self.run_dir / METRICS_NAME).lines
-        return {line["step"]: line[key] for line in lines if line.get(key) is not None}
+        return {line["step"]: line[ACCURACY] for line in lines if line.get(ACCURACY) is not None}
+
+
+def configured_steps(config_path: Path) -> int:
+    """`train.steps` as the file says."""
+    return yaml.safe_load(config_path.read_text(encoding="utf-8"))["train"]["steps"]
 
 
 def run_stage(stage: Stage) -> None:
@@ -88,7 +97,7 @@ def run_stage(stage: Stage) -> None:
     shows_bar = sys.stdout.isatty()
     # A session of its own: Ctrl-C reaches the ranks once, through `_ended_with_us`.
     process = subprocess.Popen(
-        [*launcher, str(stage.config_path), *stage.overrides],
+        [*launcher, *stage.arguments],
         stdin=subprocess.DEVNULL,
         stdout=None if shows_bar else subprocess.PIPE,
         env=_environment(),
