@@ -1,4 +1,4 @@
-"""`vopd demo` with all its stages, a few steps each: what it leaves, and that it does not flatter."""
+"""`vopd demo` with all its stages, a few steps each: what it leaves, and its honesty."""
 
 from __future__ import annotations
 
