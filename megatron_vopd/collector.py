@@ -165,11 +165,7 @@ class RolloutCollector:
             progress: of this rank's engine.
         """
         self.settle(policy_version)
-        # The engine's report is that of the step's responses, which its metrics are made of.
-        report = None if self._engine is None else self._engine.generation
         own = self._asked(Request(list(prompts), sampling, progress), policy_version)
-        if self._engine is not None:
-            self._engine.generation = report
         return share_outcomes(own, self._device)
 
     def state_dict(self, policy_version: int) -> dict[str, Any]:

@@ -29,7 +29,9 @@ from tests.distributed.steps import Setup
 from tests.tiny_models import TinyModel
 
 STUDENT = TinyModel("qwen3", True, VOCAB, overrides=(("num_hidden_layers", 2),))
+MOE = TinyModel("qwen3_moe", False, VOCAB, overrides=(("num_hidden_layers", 2),))
 LAYOUTS = {"tp2": Layout(2, tp=2), "pp2": Layout(2, pp=2), "dp2": Layout(2)}
+LAYOUTS["ep2"] = Layout(2, ep=2)
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +39,12 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
     root = tmp_path_factory.mktemp("models")
     student, teacher = STUDENT.save(root / "student", 0), STUDENT.save(root / "teacher", 1)
     return Setup(Case("", Layout(2)), str(student), {"teacher": str(teacher)})
+
+
+@pytest.fixture(scope="module")
+def moe(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Setup:
+    """A student with experts, and the dense teacher."""
+    return replace(setup, student_dir=str(MOE.save(tmp_path_factory.mktemp("moe"), 2)))
 
 
 def cut(setup: Setup, layout: Layout, **changes: Any) -> Setup:
@@ -54,9 +62,9 @@ def _trained(made: Made, num_steps: int) -> list[dict[str, float]]:
 
 
 def _halves(setup: Setup, root: Path, at: int, staleness: int) -> dict[str, Any]:
-    """Eight steps undisturbed; then `at` steps, and a new process' rest of them."""
-    whole = make(setup, root / "whole", staleness=staleness)
-    undisturbed = _trained(whole, 8)
+    """Eight steps or more undisturbed; then `at` steps, and a new process' rest of them."""
+    whole, num_steps = make(setup, root / "whole", staleness=staleness), max(8, at + 2)
+    undisturbed = _trained(whole, num_steps)
     expected = raw_state(whole)
     first = make(setup, root / "run", staleness=staleness)
     metrics = _trained(first, at)
@@ -66,7 +74,7 @@ def _halves(setup: Setup, root: Path, at: int, staleness: int) -> dict[str, Any]
     second = make(setup, root / "run", staleness=staleness)
     extra = second.checkpoints.load(folder)
     resume_engine(second)
-    metrics += _trained(second, 8)
+    metrics += _trained(second, num_steps)
     found = raw_state(second)
     return {
         "different": [key for key in expected if expected[key] != found.get(key)],
@@ -79,7 +87,7 @@ def _halves(setup: Setup, root: Path, at: int, staleness: int) -> dict[str, Any]
 
 
 # Name -> layout, distributed optimizer, type, step at which it is saved, staleness. An epoch ends
-# inside step 3, inside step 6 and with step 8.
+# inside step 3, inside step 6 and with step 8: saved before, just behind, and at its end.
 RESUMED = {
     "tp2": ("tp2", False, torch.float32, 4, 0),
     "pp2": ("pp2", False, torch.float32, 3, 0),
@@ -87,21 +95,30 @@ RESUMED = {
     "dp2-distributed": ("dp2", True, torch.float32, 4, 0),
     "dp2-distributed-bf16": ("dp2", True, torch.bfloat16, 4, 0),
     "tp2-bf16": ("tp2", False, torch.bfloat16, 4, 0),
+    "dp2-epoch": ("dp2", True, torch.float32, 8, 0),
+    "dp2-epoch-ahead": ("dp2", True, torch.float32, 8, 1),
+    "moe-ep2": ("ep2", False, torch.float32, 4, 0),
+    "moe-ep2-distributed": ("ep2", True, torch.float32, 4, 0),
+    "moe-ep2-distributed-bf16": ("ep2", True, torch.bfloat16, 4, 1),
 }
 
 
-def _all_halves(setup: Setup, root: Path) -> dict[str, Any]:
+def _all_halves(setup: Setup, moe: Setup, root: Path) -> dict[str, Any]:
     init_world("cpu")
     found = {}
     for name, (layout, distributed, dtype, at, staleness) in RESUMED.items():
-        own = cut(setup, LAYOUTS[layout], distributed=distributed, dtype=dtype)
+        base = moe if name.startswith("moe") else setup
+        own = cut(base, LAYOUTS[layout], distributed=distributed, dtype=dtype)
+        own = replace(own, teacher_layout=Layout(2))
         found[name] = _halves(own, root / name, at, staleness)
     return found
 
 
 @pytest.fixture(scope="module")
-def halves(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    return spawn(_all_halves, 2, setup, tmp_path_factory.mktemp("halves"))
+def halves(
+    setup: Setup, moe: Setup, tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, Any]]:
+    return spawn(_all_halves, 2, setup, moe, tmp_path_factory.mktemp("halves"))
 
 
 @pytest.mark.parametrize("name", RESUMED)
