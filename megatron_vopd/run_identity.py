@@ -29,6 +29,7 @@ FREE = {
     "rollout.urls",
     "rollout.tp",
     "rollout.memory_fraction",
+    "rollout.cpu_threads",
     "rollout.deadline_seconds",
     "curriculum.ladder",
     "data.train",

@@ -57,6 +57,10 @@ class Eta:
         self._last = clock()
         self._seconds: deque[float] = deque(maxlen=_RECENT_STEPS)
 
+    def restart(self) -> None:
+        """The next step begins now; what came before it was no step."""
+        self._last = self._clock()
+
     def after(self, step: int) -> str:
         """h:mm:ss left after `step`, which ends now."""
         now = self._clock()
@@ -98,6 +102,7 @@ class Display:
         evaluated = evaluation_summary(metrics)
         if evaluated:
             self.say(f"evaluation at step {step}  {evaluated}")
+            self._eta.restart()
 
     @contextmanager
     def progress(self, what: str) -> Iterator[Report | None]:

@@ -40,6 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("assembly",),
     ("dry_run",),
     ("run_loop",),
+    ("demo_data", "demo_models", "demo_stages", "demo_report"),
+    ("demo",),
     ("train", "cli", "tool_cli"),
 )
 LAYER_OF = {module: level for level, modules in enumerate(LAYERS) for module in modules}
@@ -65,7 +67,7 @@ FENCES: dict[str, set[str]] = {
     "math_verify": {"grading_worker"},
     "torch.utils.tensorboard": {"run_log"},
     "wandb": {"run_log"},
-    "transformers": {"data", "hf_io", "model", "conversion_check"},
+    "transformers": {"data", "hf_io", "model", "conversion_check", "demo_models"},
 }
 COLLECTIVE_MODULES = {
     "vocab_parallel",

@@ -138,6 +138,13 @@ class RolloutSection(Section):
     memory_fraction: float = Field(
         default=0.4, gt=0, lt=1, description="Share of a GPU's memory that a local engine may take."
     )
+    cpu_threads: int = Field(
+        default=0,
+        ge=0,
+        le=1024,
+        description="Threads of a local engine without a GPU, per worker; 0: all cores over its "
+        "workers. Models of a million parameters are faster with 1.",
+    )
     deadline_seconds: float = Field(
         default=1800.0, gt=0, le=604800, description="Longest wait for one step's rollouts."
     )

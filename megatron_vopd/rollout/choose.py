@@ -63,5 +63,6 @@ def make_engine(
             seed=config.run.seed,
             deadline_seconds=rollout.deadline_seconds,
             memory_fraction=rollout.memory_fraction,
+            cpu_threads=rollout.cpu_threads,
         )
     )

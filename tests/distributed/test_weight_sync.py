@@ -169,3 +169,9 @@ def test_a_probe_needs_something_to_score() -> None:
     for sequences in ((), ((1,),)):
         with pytest.raises(ValueError, match="at least"):
             Probe(sequences)
+
+
+def test_a_probe_allows_for_the_rounding_of_large_logits() -> None:
+    probe = make_probe(VOCAB, tolerance=1e-4, relative=2e-5)
+    assert probe.limit([[-0.5, -2.0], [-50.0]]) == pytest.approx(1e-4 + 50 * 2e-5)
+    assert PROBE.limit([[-0.5, -50.0]]) == PROBE.tolerance

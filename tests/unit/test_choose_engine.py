@@ -24,7 +24,8 @@ def test_local_engines_have_logs_and_devices_of_their_own() -> None:
     found = engine.settings
     assert found.log_path == "run/engines/engine_1.log" and found.gpu == "1"
     assert (found.dtype, found.deadline_seconds, found.max_model_len) == ("float32", 60, 512)
-    assert found.seed == 7 and found.tp == 1
+    assert found.seed == 7 and found.tp == 1 and found.cpu_threads == 0
+    assert _make({"rollout.cpu_threads": 3}, 0).settings.environment({})["OMP_NUM_THREADS"] == "3"
 
 
 def test_servers_are_shared_out() -> None:

@@ -125,6 +125,10 @@ def test_time_left_follows_the_last_steps() -> None:
         now[0] += 3600 if step == 1 else 2
         left = eta.after(step)
     assert left == "0:01:40", "50 steps of 2 s; the slow first one is forgotten"
+    now[0] += 3600
+    eta.restart()
+    now[0] += 2
+    assert eta.after(51) == "0:01:38", "an evaluation is no step"
     assert eta.after(200) == "0:00:00"
 
 
