@@ -1,10 +1,11 @@
 """Weights on their way to an engine on this machine: layer by layer, through anonymous memory.
 
-The sender writes the tensors of one layer into a file that exists in memory only (memfd), with a
-manifest of names, shapes, types and hashes beside it, and tells the engine where it is. The
-engine's processes map it, verify it against the manifest and against their own model, and load it.
-While they load one layer the sender gathers the next, so two layers exist at a time, whatever the
-size of the model.
+The tensors of one layer lie in a file that exists in memory only (memfd): the ranks of the trainer
+build them there (`shared_gather`), or the sender copies them into it. The sender checks that they
+are finite, and tells the engine where they are, with a manifest of names, shapes, types and hashes.
+The engine's processes map the file, verify it against the manifest and against their own model,
+and load it. While they load one layer the trainer builds the next, so two layers exist at a time,
+whatever the size of the model.
 
 Such a file has no name in /dev/shm: it goes when the last process that holds it ends, however it
 ends. The reader opens it as /proc/PID/fd/FD, which takes the same user and the same process
@@ -18,7 +19,7 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -82,37 +83,115 @@ def _bytes(tensor: Tensor) -> Any:
 
 
 class Segment:
-    """A growing file in memory with tensors and their manifest."""
+    """A file in memory with tensors and their manifest.
 
-    def __init__(self) -> None:
-        self._fd = os.memfd_create("megatron_vopd_weights", os.MFD_CLOEXEC)
-        self._end = 0
+    Args:
+        pid, fd: open this descriptor of that process, to build tensors in its file; without them
+            the file is new.
+
+    Raises:
+        OSError: there is no such file, or it may not be opened.
+    """
+
+    def __init__(self, pid: int | None = None, fd: int = -1) -> None:
+        if pid is None:
+            self.fd = os.memfd_create("megatron_vopd_weights", os.MFD_CLOEXEC)
+        else:
+            self.fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
+        self._end = self._num_rooms = 0
+        self._room: Tensor | None = None
         self.num_bytes = 0
         self.tensors: list[list[Any]] = []  # name, dtype, shape, offset, digest
 
+    def make_room(
+        self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
+    ) -> dict[str, Tensor]:
+        """Tensors to be filled, inside the file; the same call finds the same ones in any process.
+
+        They hold the file's memory until the last of them is dropped. Called once, first of all.
+        """
+        places = {}
+        for name, shape in shapes.items():
+            start = _aligned(self._end)
+            self._end = start + torch.Size(shape).numel() * dtype.itemsize
+            places[name] = (start, self._end)
+        os.ftruncate(self.fd, self._end)
+        room = torch.frombuffer(mmap.mmap(self.fd, self._end), dtype=torch.uint8)
+        self._room, self._num_rooms = room, len(shapes)
+        return {
+            name: room[start:stop].view(dtype).view(shapes[name])
+            for name, (start, stop) in places.items()
+        }
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether as many tensors were added as room was made for."""
+        return len(self.tensors) == self._num_rooms > 0
+
     def add(self, name: str, tensor: Tensor) -> None:
-        """Append a tensor; it may be changed afterwards."""
+        """Note a tensor that lies in the file, or append a copy of one that does not.
+
+        It must not be changed afterwards, unless it was copied.
+        """
         tensor = tensor.detach().contiguous().cpu()
-        offset = -(-self._end // ALIGNMENT) * ALIGNMENT
-        data = memoryview(_bytes(tensor))
-        done = 0
-        while done < len(data):  # one write transfers 2 GiB at most
-            done += os.pwrite(self._fd, data[done:], offset + done)
+        room = self._room
+        if room is not None and _storage(tensor) == _storage(room):
+            offset = tensor.data_ptr() - room.data_ptr()
+        else:
+            offset = _aligned(self._end)
+            data = memoryview(_bytes(tensor))
+            done = 0
+            while done < len(data):  # one write transfers 2 GiB at most
+                done += os.pwrite(self.fd, data[done:], offset + done)
+            self._end = offset + len(data)
         dtype = str(tensor.dtype).removeprefix("torch.")
         self.tensors.append([name, dtype, list(tensor.shape), offset, digest(tensor)])
-        self._end = offset + len(data)
-        self.num_bytes += len(data)
+        self.num_bytes += tensor.nbytes
 
     def update_info(self) -> dict[str, Any]:
         """What the engine is told; JSON."""
-        path = f"/proc/{os.getpid()}/fd/{self._fd}"
+        path = f"/proc/{os.getpid()}/fd/{self.fd}"
         return {"path": path, "size": self._end, "tensors": self.tensors}
 
     def close(self) -> None:
         """Give the memory back, once the engine has let go of it too. May be called twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        self._room = None
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+class WeightSource:
+    """The tensors of one push, by HF name, layer by layer, drawn once.
+
+    Args:
+        take_segment: the memory file that the tensors of this layer were built in, the caller's to
+            close from now on; None: in none, or it was taken already.
+    """
+
+    def __init__(
+        self,
+        tensors: Iterable[tuple[str, Tensor]],
+        take_segment: Callable[[], Segment | None] = lambda: None,
+    ) -> None:
+        self._tensors = iter(tensors)
+        self.take_segment = take_segment
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        return self._tensors
+
+    def finish(self) -> None:
+        """Draw what an engine left, so that all ranks get through."""
+        for pair in self._tensors:
+            del pair  # a tensor keeps the memory of its layer
 
 
 def map_segment(path: str, size: int) -> Tensor:
@@ -148,7 +227,7 @@ def read_tensors(
         dtype: of the engine's model.
 
     Raises:
-        ValueError: a name, shape, type, place or hash that is wrong, or a value not finite.
+        ValueError: a name, shape, type, place or hash that is wrong.
     """
     for name, sent_dtype, shape, offset, sent_digest in manifest:
         if name not in expected:
@@ -166,8 +245,6 @@ def read_tensors(
         tensor = data[offset : offset + num_bytes].view(kind).view(shape)
         if digest(tensor) != sent_digest:
             raise ValueError(f"weight {name} changed on its way: hash {digest(tensor)}")
-        if not is_finite(tensor):
-            raise ValueError(f"weight {name} is not finite")
         yield name, tensor
 
 
@@ -191,18 +268,20 @@ def send_weights(
     one other thread meanwhile, one call at a time.
 
     Args:
+        tensors: a `WeightSource`, or any others.
         dtype: that the engine computes in; tensors of another one are converted.
 
     Raises:
-        EngineError: the engine refused, or is gone.
+        EngineError: the engine refused, or is gone; or a value is not finite (any more).
     """
+    source = tensors if isinstance(tensors, WeightSource) else WeightSource(tensors)
     num_bytes = num_tensors = 0
     loading: tuple[Future, Segment] | None = None
     caller = ThreadPoolExecutor(max_workers=1, thread_name_prefix="weight-push")
     segment: Segment | None = None
     try:
         client.start_weight_update()
-        for segment in _segments(tensors, dtype):
+        for segment in _segments(source, dtype):
             loading = _finished(loading)
             num_bytes += segment.num_bytes
             num_tensors += len(segment.tensors)
@@ -220,17 +299,25 @@ def send_weights(
     return Sent(num_bytes, num_tensors)
 
 
-def _segments(tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> Iterator[Segment]:
+def _segments(source: WeightSource, dtype: torch.dtype) -> Iterator[Segment]:
+    """Each as soon as it is complete, before the first tensor of the next one is built."""
     segment, key = None, None
     try:
-        for name, tensor in tensors:
+        for name, tensor in source:
             if segment is not None and layer_key(name) != key:
                 full, segment = segment, None
                 yield full
             if segment is None:
-                segment, key = Segment(), layer_key(name)
-            segment.add(name, tensor.to(dtype))
-            del tensor
+                segment, key = source.take_segment() or Segment(), layer_key(name)
+            converted = tensor.to(dtype)
+            if not is_finite(converted):
+                raise EngineError(f"weight {name} is not finite as {dtype}")
+            segment.add(name, converted)
+            # What lies in a segment keeps its memory.
+            del tensor, converted
+            if segment.is_complete:
+                full, segment = segment, None
+                yield full
         if segment is not None:
             full, segment = segment, None
             yield full

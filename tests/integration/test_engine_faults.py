@@ -107,7 +107,7 @@ class StaleCacheEngine(LocalEngine):
 
 def _truncated(self: Segment) -> dict[str, Any]:
     info = original_info(self)
-    os.ftruncate(self._fd, self._end // 2)
+    os.ftruncate(self.fd, self._end // 2)
     return info
 
 
