@@ -118,15 +118,20 @@ def push(
         WeightSyncError: on every rank. No engine holds weights that were found wrong.
     """
     _require_finite(student)
-    dtype = _shared_dtype(student, engine)
-    for attempt in range(1, attempts + 1):
-        reports, failures = _attempt(
-            student, facts, groups, engine, policy_version, layer_spec, dtype
-        )
-        if not failures and score_fn is not None and probe is not None:
-            reports, failures = _prove(engine, reports, score_fn, probe)
-        if not failures:
-            return _slowest(reports, policy_version, attempt)
+    gather = _shared_gather(student, engine)
+    failures: list[str] = []
+    try:
+        for attempt in range(1, attempts + 1):
+            reports, failures = _attempt(
+                student, facts, groups, engine, policy_version, layer_spec, gather
+            )
+            if not failures and score_fn is not None and probe is not None:
+                reports, failures = _prove(engine, reports, score_fn, probe)
+            if not failures:
+                return _slowest(reports, policy_version, attempt)
+    finally:
+        if gather is not None:
+            gather.close()
     raise WeightSyncError(
         f"push of policy version {policy_version} failed {attempts} times; last: "
         + "; ".join(failures)
@@ -142,14 +147,16 @@ def _require_finite(student: torch.nn.Module) -> None:
         raise WeightSyncError(f"push: {'; '.join(failures)}; the engines keep their weights")
 
 
-def _shared_dtype(student: torch.nn.Module, engine: Engine | None) -> torch.dtype | None:
-    """The type that engines read from memory which all ranks write; None: they do not."""
+def _shared_gather(student: torch.nn.Module, engine: Engine | None) -> SharedGather | None:
+    """Where every rank can write memory that every engine reads."""
     on_cpu = all(shard.device.type == "cpu" for shard in student.parameters())
     place = machine_id() if on_cpu else None
-    found, _ = _agree((place, None if engine is None else (engine.shared_dtype,)), "")
-    places = {place for place, _ in found}
-    dtypes = {kind[0] for _, kind in found if kind is not None}
-    return dtypes.pop() if len(dtypes) == len(places) == 1 and None not in places else None
+    found, _ = _agree((place, engine is not None, engine and engine.shared_dtype), "")
+    places = {place for place, _, _ in found}
+    dtypes = [dtype for _, has_engine, dtype in found if has_engine]
+    if None in places or len(places) > 1 or len(set(dtypes)) != 1 or dtypes[0] is None:
+        return None
+    return SharedGather(dtypes[0], is_reused=len(dtypes) == 1 and found[0][1])
 
 
 def _attempt(
@@ -159,11 +166,10 @@ def _attempt(
     engine: Engine | None,
     policy_version: int,
     layer_spec: LayerSpec,
-    dtype: torch.dtype | None,
+    gather: SharedGather | None,
 ) -> tuple[list[PushReport], list[str]]:
-    shared = None if dtype is None else SharedGather(dtype)
-    tensors = export_weights(student, facts, groups, layer_spec, with_tied_head=True, gather=shared)
-    source = WeightSource(tensors) if shared is None else WeightSource(tensors, shared.take_segment)
+    tensors = export_weights(student, facts, groups, layer_spec, with_tied_head=True, gather=gather)
+    source = WeightSource(tensors) if gather is None else WeightSource(tensors, gather.take_segment)
     report, failure = None, ""
     if engine is not None:
         try:

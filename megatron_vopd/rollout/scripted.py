@@ -25,7 +25,7 @@ from megatron_vopd.rollout.engine import (
     generation_report,
     response_seed,
 )
-from megatron_vopd.rollout.transfer import digest
+from megatron_vopd.rollout.segments import digest
 from megatron_vopd.types import Prompt, Rollout
 
 Fault = str  # one of FAULTS

@@ -1,10 +1,10 @@
 """Layers of the student put together in memory that all ranks of one machine share.
 
-Rank 0 makes a memory file for a layer (`transfer.Segment`); every rank copies its own part of the
-HF tensors to its place there, in the engines' type; the leaders give the file to their engines. So
-a weight is copied once between the parameter and the engine, and no collective carries any.
+Rank 0 makes a memory file for a layer (`segments`); every rank copies its own part of the HF
+tensors to its place there, in the engines' type; the leaders give the file to their engines. So a
+weight is copied once between the parameter and the engine, and no collective carries any.
 
-Two collectives per layer, of 24 and 8 bytes:
+Two collectives per layer, of 16 and 8 bytes:
 
     open     where the file is; no rank starts a layer before every leader is ready for it
     settle   all have written, or one could not, which is an error on all
@@ -25,7 +25,7 @@ from megatron_vopd.hf_mapping import LayerSpec, Unit, hf_shape
 from megatron_vopd.model_facts import ModelFacts
 from megatron_vopd.parallel import Groups, sum_over_world
 from megatron_vopd.rollout.engine import EngineError
-from megatron_vopd.rollout.transfer import Segment
+from megatron_vopd.rollout.segments import MemoryFile, Segment, room_size
 
 
 def machine_id() -> str | None:
@@ -39,15 +39,19 @@ def machine_id() -> str | None:
 
 
 class SharedGather:
-    """A `Gather`, for one walk over the weights by all ranks.
+    """A `Gather`, for one walk over the weights after another, by all ranks.
 
     Args:
         dtype: of the engines.
+        is_reused: files carry one layer after another; only where rank 0 has the only engine, so
+            that it knows when a file is free.
     """
 
-    def __init__(self, dtype: torch.dtype) -> None:
+    def __init__(self, dtype: torch.dtype, is_reused: bool) -> None:
         self._dtype = dtype
         self._segment: Segment | None = None
+        self._spare: list[MemoryFile] = []
+        self._is_reused = is_reused and dist.get_rank() == 0
 
     def take_segment(self) -> Segment | None:
         """See `transfer.WeightSource`."""
@@ -68,11 +72,11 @@ class SharedGather:
             EngineError: on every rank, if one of them could not write.
         """
         shapes = {name: hf_shape(name, facts) for unit in units for name in unit.hf_names()}
-        is_first = dist.get_rank() == 0
         tensors: dict[str, Tensor] = {}
         failure = ""
         try:
-            tensors = self._open(is_first).make_room(shapes, self._dtype)
+            segment = self._open(room_size(shapes, self._dtype))
+            tensors = segment.make_room(shapes, self._dtype)
             for unit in units:
                 for name, where, values in own_pieces(unit, shards, facts, groups, layer_spec):
                     tensors[name][where].copy_(values)
@@ -90,19 +94,33 @@ class SharedGather:
         finally:
             self._drop()
 
-    def _open(self, is_first: bool) -> Segment:
-        """The file of the next layer on every rank, made by the first; still empty."""
+    def _open(self, size: int) -> Segment:
+        """The file of the next layer on every rank, made by the first."""
         place = torch.zeros(2, dtype=torch.int64)
-        if is_first:
+        if dist.get_rank() == 0:
             with suppress(OSError):
-                self._segment = Segment()
-                place = torch.tensor([os.getpid(), self._segment.fd])
+                spare = self._spare if self._is_reused else None
+                self._segment = Segment(self._fitting_spare(size), spare)
+                place = torch.tensor([os.getpid(), self._segment.file.fd])
         pid, fd = sum_over_world(place).tolist()
         if self._segment is None:
-            self._segment = Segment(pid, fd)
+            self._segment = Segment(MemoryFile(pid, fd))
         return self._segment
+
+    def _fitting_spare(self, size: int) -> MemoryFile | None:
+        """One large enough that wastes less than half; without one, none of them is kept."""
+        for number, file in enumerate(self._spare):
+            if size <= len(file.room) < 2 * size:
+                return self._spare.pop(number)
+        self.close()
+        return None
 
     def _drop(self) -> None:
         segment = self.take_segment()
         if segment is not None:
             segment.close()
+
+    def close(self) -> None:
+        """Give back the memory that no segment has. The gather may be used on."""
+        while self._spare:
+            self._spare.pop().close()

@@ -1,15 +1,11 @@
 """Weights on their way to an engine on this machine: layer by layer, through anonymous memory.
 
-The tensors of one layer lie in a file that exists in memory only (memfd): the ranks of the trainer
-build them there (`shared_gather`), or the sender copies them into it. The sender checks that they
-are finite, and tells the engine where they are, with a manifest of names, shapes, types and hashes.
-The engine's processes map the file, verify it against the manifest and against their own model,
-and load it. While they load one layer the trainer builds the next, so two layers exist at a time,
-whatever the size of the model.
-
-Such a file has no name in /dev/shm: it goes when the last process that holds it ends, however it
-ends. The reader opens it as /proc/PID/fd/FD, which takes the same user and the same process
-namespace.
+The tensors of one layer lie in a file that exists in memory only (`segments`): the ranks of the
+trainer build them there (`shared_gather`), or the sender copies them into it. The sender checks
+that they are finite, and tells the engine where they are, with a manifest of names, shapes, types
+and hashes. The engine's processes map the file, verify it against the manifest and against their
+own model, and load it. While they load one layer the trainer builds the next, so two layers exist
+at a time, whatever the size of the model.
 
 The control channel is any object with the methods of `WeightClient`, which are vLLM's own
 (`VLLMWeightSyncClient`): a child process and an HTTP server both have them.
@@ -17,24 +13,21 @@ The control channel is any object with the methods of `WeightClient`, which are 
 
 from __future__ import annotations
 
-import mmap
-import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-import xxhash
 from torch import Tensor
 
 from megatron_vopd.hf_mapping import hf_tensors
 from megatron_vopd.model_facts import ModelFacts
 from megatron_vopd.rollout.engine import EngineError
+from megatron_vopd.rollout.segments import Segment
 
 BACKEND = "megatron_vopd_shm"
-ALIGNMENT = 64  # of a tensor in its file: a cache line
 
 
 class WeightClient(Protocol):
@@ -72,103 +65,6 @@ def layer_key(name: str) -> str:
     return name
 
 
-def digest(tensor: Tensor) -> str:
-    """xxh3-128 of a contiguous tensor's bytes."""
-    return xxhash.xxh3_128(_bytes(tensor)).hexdigest()
-
-
-def _bytes(tensor: Tensor) -> Any:
-    """The bytes of a contiguous CPU tensor, without a copy."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
-
-
-class Segment:
-    """A file in memory with tensors and their manifest.
-
-    Args:
-        pid, fd: open this descriptor of that process, to build tensors in its file; without them
-            the file is new.
-
-    Raises:
-        OSError: there is no such file, or it may not be opened.
-    """
-
-    def __init__(self, pid: int | None = None, fd: int = -1) -> None:
-        if pid is None:
-            self.fd = os.memfd_create("megatron_vopd_weights", os.MFD_CLOEXEC)
-        else:
-            self.fd = os.open(f"/proc/{pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
-        self._end = self._num_rooms = 0
-        self._room: Tensor | None = None
-        self.num_bytes = 0
-        self.tensors: list[list[Any]] = []  # name, dtype, shape, offset, digest
-
-    def make_room(
-        self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
-    ) -> dict[str, Tensor]:
-        """Tensors to be filled, inside the file; the same call finds the same ones in any process.
-
-        They hold the file's memory until the last of them is dropped. Called once, first of all.
-        """
-        places = {}
-        for name, shape in shapes.items():
-            start = _aligned(self._end)
-            self._end = start + torch.Size(shape).numel() * dtype.itemsize
-            places[name] = (start, self._end)
-        os.ftruncate(self.fd, self._end)
-        room = torch.frombuffer(mmap.mmap(self.fd, self._end), dtype=torch.uint8)
-        self._room, self._num_rooms = room, len(shapes)
-        return {
-            name: room[start:stop].view(dtype).view(shapes[name])
-            for name, (start, stop) in places.items()
-        }
-
-    @property
-    def is_complete(self) -> bool:
-        """Whether as many tensors were added as room was made for."""
-        return len(self.tensors) == self._num_rooms > 0
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Note a tensor that lies in the file, or append a copy of one that does not.
-
-        It must not be changed afterwards, unless it was copied.
-        """
-        tensor = tensor.detach().contiguous().cpu()
-        room = self._room
-        if room is not None and _storage(tensor) == _storage(room):
-            offset = tensor.data_ptr() - room.data_ptr()
-        else:
-            offset = _aligned(self._end)
-            data = memoryview(_bytes(tensor))
-            done = 0
-            while done < len(data):  # one write transfers 2 GiB at most
-                done += os.pwrite(self.fd, data[done:], offset + done)
-            self._end = offset + len(data)
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        self.tensors.append([name, dtype, list(tensor.shape), offset, digest(tensor)])
-        self.num_bytes += tensor.nbytes
-
-    def update_info(self) -> dict[str, Any]:
-        """What the engine is told; JSON."""
-        path = f"/proc/{os.getpid()}/fd/{self.fd}"
-        return {"path": path, "size": self._end, "tensors": self.tensors}
-
-    def close(self) -> None:
-        """Give the memory back, once the engine has let go of it too. May be called twice."""
-        self._room = None
-        if self.fd >= 0:
-            os.close(self.fd)
-            self.fd = -1
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
-
-
 class WeightSource:
     """The tensors of one push, by HF name, layer by layer, drawn once.
 
@@ -192,60 +88,6 @@ class WeightSource:
         """Draw what an engine left, so that all ranks get through."""
         for pair in self._tensors:
             del pair  # a tensor keeps the memory of its layer
-
-
-def map_segment(path: str, size: int) -> Tensor:
-    """The bytes [size] of a segment, shared with its writer.
-
-    Raises:
-        ValueError: the file is not there, or shorter than announced.
-    """
-    try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    except OSError as error:
-        raise ValueError(
-            f"weights at {path} cannot be opened ({error.strerror}); the engine must run on the "
-            "trainer's machine, as the same user and in the same process namespace"
-        ) from error
-    try:
-        found = os.fstat(fd).st_size
-        if found < size:
-            raise ValueError(f"weights are truncated: {found} bytes of {size}")
-        mapped = mmap.mmap(fd, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE)
-    finally:
-        os.close(fd)
-    return torch.frombuffer(mapped, dtype=torch.uint8)
-
-
-def read_tensors(
-    data: Tensor, manifest: Iterable[list[Any]], expected: Mapping[str, tuple[int, ...]], dtype: str
-) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a mapped segment, each verified first.
-
-    Args:
-        expected: name -> shape of what the engine's model still needs.
-        dtype: of the engine's model.
-
-    Raises:
-        ValueError: a name, shape, type, place or hash that is wrong.
-    """
-    for name, sent_dtype, shape, offset, sent_digest in manifest:
-        if name not in expected:
-            raise ValueError(f"weight {name} is unknown to the model, or was sent twice")
-        if tuple(shape) != tuple(expected[name]):
-            raise ValueError(
-                f"weight {name} has shape {list(shape)}; expected {list(expected[name])}"
-            )
-        if sent_dtype != dtype:
-            raise ValueError(f"weight {name} has type {sent_dtype}; expected {dtype}")
-        kind = getattr(torch, dtype)
-        num_bytes = torch.Size(shape).numel() * kind.itemsize
-        if not 0 <= offset <= len(data) - num_bytes:
-            raise ValueError(f"weight {name} lies outside its segment of {len(data)} bytes")
-        tensor = data[offset : offset + num_bytes].view(kind).view(shape)
-        if digest(tensor) != sent_digest:
-            raise ValueError(f"weight {name} changed on its way: hash {digest(tensor)}")
-        yield name, tensor
 
 
 def is_finite(tensor: Tensor) -> bool:
