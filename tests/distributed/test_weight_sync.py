@@ -6,8 +6,9 @@ tests/integration/test_engine_*.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ import torch.distributed as dist
 from megatron_vopd import hf_io
 from megatron_vopd.rollout.engine import Sampling
 from megatron_vopd.rollout.scripted import ScriptedEngine
-from megatron_vopd.rollout.segments import digest
+from megatron_vopd.rollout.segments import Segment, digest
 from megatron_vopd.types import Layout, Prompt
 from megatron_vopd.weight_sync import (
     Probe,
@@ -81,6 +82,20 @@ def _no_broadcasts() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _second_fails() -> Iterator[None]:
+    """The second layer finds no memory."""
+    make_room, calls = Segment.make_room, itertools.count()
+
+    def failing(self: Segment, *args: Any) -> Any:
+        if next(calls) == 1:
+            raise OSError("no memory left")
+        return make_room(self, *args)
+
+    with mock.patch.object(Segment, "make_room", failing):
+        yield
+
+
 def _pushes(case: Case, folder: str) -> dict[str, Any]:
     """On a rank: one push after another, with every kind of failure."""
     groups = enter(case)
@@ -100,6 +115,13 @@ def _pushes(case: Case, folder: str) -> dict[str, Any]:
     with _no_broadcasts():
         found["shared"] = one(shared, 1)
     found["shared weights"] = shared.weights if shared else None
+
+    # The last rank cannot write the second layer.
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    unwritable = ScriptedEngine(VOCAB, shared_dtype=torch.float32) if leader else None
+    with _second_fails() if is_last else nullcontext():
+        found["unwritable"] = one(unwritable, 2, attempts=1)
+    found["unwritable version"] = unwritable.policy_version if unwritable else None
 
     # The last leader fails once in the middle of a push, then always.
     is_last_leader = leader and groups.coordinates.dp == groups.layout.dp - 1
@@ -146,8 +168,11 @@ def test_pushes(case: Case, model: TinyModel, tmp_path: Path) -> None:
         assert report.num_tensors == len(expected) and report.num_bytes >= num_bytes
         assert found["shared"] == report
         assert found["flaky"].attempts == 2 and found["flaky"].policy_version == 2
-        for name in ("broken", "unproven", "nan"):
+        for name in ("unwritable", "broken", "unproven", "nan"):
             assert found[name] == results[0][name], "every rank must be told the same"
+        assert "rank 3: weights: 1 ranks could not write" in found["unwritable"]
+        assert "no memory left" in found["unwritable"]
+        assert found["unwritable version"] is None
         assert "failed 2 times" in found["broken"] and "as asked for" in found["broken"]
         assert "it does not hold the student's weights" in found["unproven"]
         assert found["proven"].probe_gap == 0.0
