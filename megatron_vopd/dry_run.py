@@ -11,6 +11,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from megatron_vopd.config import Config
@@ -41,6 +42,7 @@ class RandomEngine:
         self._vocab_size = vocab_size
         self.policy_version: int | None = 0
         self.generation: GenerationReport | None = None
+        self.shared_dtype: torch.dtype | None = None
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
