@@ -53,6 +53,7 @@ class RandomEngine:
         self._vocab_size = vocab_size
         self.policy_version: int | None = 0
         self.generation: GenerationReport | None = None
+        self.shared_dtype: torch.dtype | None = None
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None

@@ -8,8 +8,9 @@ time. The same iterator feeds checkpoints in HF format and the weight push to th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from megatron_vopd.hf_folder import read_facts
 from megatron_vopd.hf_mapping import (
     LayerSpec,
     ShardPlan,
+    Slices,
     Unit,
     hf_shape,
     hf_tensors,
@@ -34,6 +36,11 @@ from megatron_vopd.problems import shown
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
+# Puts the HF tensors of units of one layer together, on every rank of the world in lockstep.
+Gather = Callable[
+    [Sequence[Unit], Mapping[str, Tensor], ModelFacts, Groups, LayerSpec],
+    Iterator[tuple[str, Tensor]],
+]
 
 
 def read_config(model_dir: str | Path) -> tuple[Any, ModelFacts]:
@@ -203,6 +210,7 @@ def export_weights(
     groups: Groups,
     layer_spec: LayerSpec = "local",
     with_tied_head: bool = False,
+    gather: Gather | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """HF tensors of a spread-out model, one after another in HF's order, in the parameters' dtype.
 
@@ -212,9 +220,10 @@ def export_weights(
         model: as given to `load_weights`, without repeated KV heads.
         with_tied_head: also yield the head of a tied model, as `lm_head.weight`; engines that pack
             their weights keep a stale head otherwise.
+        gather: puts the tensors of some units together; None: by collectives.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    return export_tensors(parameters, facts, groups, layer_spec, with_tied_head)
+    return export_tensors(parameters, facts, groups, layer_spec, with_tied_head, gather)
 
 
 @torch.no_grad()
@@ -224,18 +233,60 @@ def export_tensors(
     groups: Groups,
     layer_spec: LayerSpec = "local",
     with_tied_head: bool = False,
+    gather: Gather | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """`export_weights` for anything shaped like the parameters: gradients, optimizer moments.
 
     A tensor is put together over tp on the ranks that hold it, then sent along pp (experts: along
     ep first). A shard that varies over data-parallel replicas is the caller's business.
     """
+    gather = gather or _gather_units
     units = list(model_units(facts))
+    for _, layer in groupby(
+        units, key=lambda unit: unit.rules if unit.layer is None else unit.layer
+    ):
+        yield from gather(list(layer), shards, facts, groups, layer_spec)
+    if with_tied_head and facts.tied:
+        for _, head in gather(units[:1], shards, facts, groups, layer_spec):
+            yield "lm_head.weight", head
+
+
+def own_pieces(
+    unit: Unit,
+    shards: Mapping[str, Tensor],
+    facts: ModelFacts,
+    groups: Groups,
+    layer_spec: LayerSpec,
+) -> Iterator[tuple[str, Slices, Tensor]]:
+    """What this rank brings to a unit's HF tensors: name, rectangle, values.
+
+    Over all ranks of the world every element comes once: from the first replica of those that hold
+    it.
+    """
+    layout, at = groups.layout, groups.coordinates
+    expert_rank = unit.expert_rank(facts, layout)
+    if at.pp != unit.stage(facts, layout):
+        return
+    if expert_rank is None:
+        is_mine = at.dp == at.cp == 0
+    else:
+        is_mine = at.ep == expert_rank and groups.collection.expt_dp.rank() == 0
+    for rule in unit.rules:
+        if is_mine and (expert_rank is not None or rule.cut != "replicated" or at.tp == 0):
+            own = shards[unit.megatron_name(rule, layer_spec, facts, layout)]
+            for piece in unit.plan(rule, facts, at.tp, layout.tp).pieces:
+                yield piece.name, piece.source, own[piece.target]
+
+
+def _gather_units(
+    units: Sequence[Unit],
+    shards: Mapping[str, Tensor],
+    facts: ModelFacts,
+    groups: Groups,
+    layer_spec: LayerSpec,
+) -> Iterator[tuple[str, Tensor]]:
     for unit in units:
         yield from _gather_unit(unit, shards, facts, groups, layer_spec)
-    if with_tied_head and facts.tied:
-        for _, head in _gather_unit(units[0], shards, facts, groups, layer_spec):
-            yield "lm_head.weight", head
 
 
 def _gather_unit(

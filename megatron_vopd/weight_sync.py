@@ -1,14 +1,17 @@
 """New weights into the engines, all or nothing, and proven before they are sampled from (R5).
 
 The student lies in pieces on all ranks; each data-parallel leader has an engine. All ranks walk the
-HF tensors in lockstep (`hf_io.export_weights`): each tensor is put together, handed to every rank,
+HF tensors in lockstep (`hf_io.export_weights`): each layer is put together where all ranks see it,
 and dropped; leaders feed theirs to their engine meanwhile. So no rank ever holds the whole model.
+Where all ranks and engines are on one machine's CPU, that is memory which the engines read too
+(`shared_gather`); elsewhere each tensor is handed to every rank by collectives.
 
 What each step sees:
 
-    finite check     NaN or Inf in a parameter, before anything is sent; the engine stays as it was
+    finite check     NaN or Inf in a parameter, before anything is sent; the engine stays as it was.
+                     Again as converted to the engine's type, layer by layer, before it is sent
     manifest         in the engine's process, before loading: missing, extra, misshapen, wrong type,
-                     truncated, changed on the way, not finite
+                     truncated, changed on the way
     version          a push that the engine did not take part in
     probe            anything else: the engine's log-probs of given sequences against the trainer's
                      own (transposed, swapped or stale weights, a stale head, a stale cache)
@@ -21,13 +24,12 @@ Collectives: the export's; per phase one gather of a short message from each ran
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from megatron_vopd.hf_io import export_weights
 from megatron_vopd.hf_mapping import LayerSpec
@@ -41,7 +43,8 @@ from megatron_vopd.rollout.engine import (
     PushReport,
     Sampling,
 )
-from megatron_vopd.rollout.transfer import is_finite
+from megatron_vopd.rollout.shared_gather import SharedGather, machine_id
+from megatron_vopd.rollout.transfer import WeightSource, is_finite
 from megatron_vopd.types import Prompt, Rollout, UserError
 
 ScoreFn = Callable[[Sequence[Sequence[int]]], list[list[float]]]
@@ -127,12 +130,20 @@ def push(
         WeightSyncError: on every rank. No engine holds weights that were found wrong.
     """
     _require_finite(student)
-    for attempt in range(1, attempts + 1):
-        reports, failures = _attempt(student, facts, groups, engine, policy_version, layer_spec)
-        if not failures and score_fn is not None and probe is not None:
-            reports, failures = _prove(engine, reports, score_fn, probe)
-        if not failures:
-            return _slowest(reports, policy_version, attempt)
+    gather = _shared_gather(student, engine)
+    failures: list[str] = []
+    try:
+        for attempt in range(1, attempts + 1):
+            reports, failures = _attempt(
+                student, facts, groups, engine, policy_version, layer_spec, gather
+            )
+            if not failures and score_fn is not None and probe is not None:
+                reports, failures = _prove(engine, reports, score_fn, probe)
+            if not failures:
+                return _slowest(reports, policy_version, attempt)
+    finally:
+        if gather is not None:
+            gather.close()
     raise WeightSyncError(
         f"push of policy version {policy_version} failed {attempts} times; last: "
         + "; ".join(failures)
@@ -148,6 +159,18 @@ def _require_finite(student: torch.nn.Module) -> None:
         raise WeightSyncError(f"push: {'; '.join(failures)}; the engines keep their weights")
 
 
+def _shared_gather(student: torch.nn.Module, engine: Engine | None) -> SharedGather | None:
+    """Where every rank can write memory that every engine reads."""
+    on_cpu = all(shard.device.type == "cpu" for shard in student.parameters())
+    place = machine_id() if on_cpu else None
+    found, _ = _agree((place, engine is not None, engine and engine.shared_dtype), "")
+    places = {place for place, _, _ in found}
+    dtypes = [dtype for _, has_engine, dtype in found if has_engine]
+    if None in places or len(places) > 1 or len(set(dtypes)) != 1 or dtypes[0] is None:
+        return None
+    return SharedGather(dtypes[0], is_reused=len(dtypes) == 1 and found[0][1])
+
+
 def _attempt(
     student: torch.nn.Module,
     facts: ModelFacts,
@@ -155,33 +178,24 @@ def _attempt(
     engine: Engine | None,
     policy_version: int,
     layer_spec: LayerSpec,
+    gather: SharedGather | None,
 ) -> tuple[list[PushReport], list[str]]:
-    tensors = _Walk(export_weights(student, facts, groups, layer_spec, with_tied_head=True))
+    tensors = export_weights(student, facts, groups, layer_spec, with_tied_head=True, gather=gather)
+    source = WeightSource(tensors) if gather is None else WeightSource(tensors, gather.take_segment)
     report, failure = None, ""
     if engine is not None:
         try:
-            report = engine.update_weights(tensors, policy_version)
+            report = engine.update_weights(source, policy_version)
             if engine.policy_version != policy_version:
                 failure = f"the engine has version {engine.policy_version}"
                 engine.refuse_weights(failure)
         except (EngineError, UserError) as error:
             failure = str(error)
-    tensors.finish()
+    try:
+        source.finish()
+    except EngineError as error:
+        failure = failure or str(error)
     return _agree(report, failure)
-
-
-class _Walk:
-    """The tensors of a push; `finish` walks what an engine left, so that all ranks get through."""
-
-    def __init__(self, tensors: Iterator[tuple[str, Tensor]]) -> None:
-        self._tensors = tensors
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        return self._tensors
-
-    def finish(self) -> None:
-        for _ in self._tensors:
-            pass
 
 
 def _prove(

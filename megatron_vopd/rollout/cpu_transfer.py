@@ -23,7 +23,8 @@ from vllm.distributed.weight_transfer.base import (  # pyright: ignore[reportMis
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory  # pyright: ignore[reportMissingImports]
 
 from megatron_vopd.model_facts import facts_from_config
-from megatron_vopd.rollout.transfer import BACKEND, expected_weights, map_segment, read_tensors
+from megatron_vopd.rollout.segments import MappedSegment, read_tensors
+from megatron_vopd.rollout.transfer import BACKEND, expected_weights
 
 
 def register() -> None:
@@ -74,14 +75,15 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInit, SegmentInfo]):
         Raises:
             ValueError: see `read_tensors`; the model must not be used any more.
         """
-        data = map_segment(update_info.path, update_info.size)
+        segment = MappedSegment(update_info.path, update_info.size)
         dtype = str(self.model_config.dtype).removeprefix("torch.")
-        verified = []
-        for name, tensor in read_tensors(data, update_info.tensors, self._missing, dtype):
-            del self._missing[name]
-            verified.append((name, tensor))
+        assert segment.data is not None
+        tensors = list(read_tensors(segment.data, update_info.tensors, self._missing, dtype))
         model: Any = self.model
-        model.load_weights(iter(verified))
+        model.load_weights(iter(tensors))
+        # vLLM keeps tensors of a layer that is not whole yet, such as a padded vocabulary.
+        del tensors
+        segment.release()
 
     def finish_weight_update(self) -> None:
         """Pack what is loaded.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from megatron_vopd.types import Prompt, Rollout, UserError
@@ -184,6 +185,7 @@ class Engine(Protocol):
     Attributes:
         policy_version: of the weights that it samples from; None: none that may be used.
         num_replicas: copies of the weights that sample, each probed by itself (servers).
+        shared_dtype: of the weights that it reads from this machine's memory; None: it does not.
         generation: report of the last `generate`.
     """
 
@@ -192,6 +194,9 @@ class Engine(Protocol):
 
     @property
     def num_replicas(self) -> int: ...
+
+    @property
+    def shared_dtype(self) -> torch.dtype | None: ...
 
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None

@@ -13,6 +13,7 @@ import random
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from megatron_vopd.rollout.engine import (
@@ -24,7 +25,7 @@ from megatron_vopd.rollout.engine import (
     generation_report,
     response_seed,
 )
-from megatron_vopd.rollout.transfer import digest
+from megatron_vopd.rollout.segments import digest
 from megatron_vopd.types import Prompt, Rollout
 
 Fault = str  # one of FAULTS
@@ -58,6 +59,7 @@ class ScriptedEngine:
         vocab_size: ids are drawn from 0 <= id < vocab_size.
         faults: number of a `generate` call (from 0) -> what goes wrong in it.
         push_faults: numbers of `update_weights` calls that fail.
+        shared_dtype: see `Engine`.
     """
 
     num_replicas = 1
@@ -67,7 +69,9 @@ class ScriptedEngine:
         vocab_size: int,
         faults: Mapping[int, Fault] | None = None,
         push_faults: Sequence[int] = (),
+        shared_dtype: torch.dtype | None = None,
     ) -> None:
+        self.shared_dtype = shared_dtype
         self.vocab_size = vocab_size
         self.policy_version: int | None = None
         self.generation: GenerationReport | None = None

@@ -117,6 +117,12 @@ class LocalEngine:
         # vLLM logs failures of parts that are not used here while it starts.
         self._log_start = os.path.getsize(settings.log_path)
 
+    @property
+    def shared_dtype(self) -> torch.dtype | None:
+        """Weights come through shared memory on the CPU."""
+        settings = self.settings
+        return getattr(torch, settings.dtype) if settings.device == "cpu" else None
+
     def processes(self) -> list[int]:
         """Process ids of the keeper, the host and its workers."""
         return [] if self._process is None else session_pids(self._process.pid)

@@ -147,6 +147,12 @@ class ServerEngine:
         """Every server has weights of its own."""
         return len(self._servers)
 
+    @property
+    def shared_dtype(self) -> torch.dtype | None:
+        """Weights come through shared memory to servers on this machine's CPU."""
+        settings = self.settings
+        return getattr(torch, settings.dtype) if settings.transport == "shm" else None
+
     def wait_until_up(self) -> None:
         """Wait for all servers, and check that their log-probs are of the distribution sampled.
 

@@ -26,14 +26,14 @@ PR_SET_PDEATHSIG = 1
 def _rank_main(rank: int, world_size: int, folder: str) -> None:
     # A rank must not outlive the process that it was forked from, which ends with the test run.
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    fn, args = pickle.loads((Path(folder) / "call").read_bytes())
+    fn, args, collective_seconds = pickle.loads((Path(folder) / "call").read_bytes())
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/store",
         rank=rank,
         world_size=world_size,
-        timeout=datetime.timedelta(seconds=COLLECTIVE_SECONDS),
+        timeout=datetime.timedelta(seconds=collective_seconds),
     )
     result = fn(*args)
     (Path(folder) / f"result_{rank}").write_bytes(pickle.dumps(result))
@@ -55,7 +55,7 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     multiprocessing.set_forkserver_preload(["tests.distributed.preload"])
     with tempfile.TemporaryDirectory() as folder:
         # By file: tensors sent through the process pipe take a file descriptor each.
-        (Path(folder) / "call").write_bytes(pickle.dumps((fn, args)))
+        (Path(folder) / "call").write_bytes(pickle.dumps((fn, args, COLLECTIVE_SECONDS)))
         world = start_processes(
             _rank_main,
             (world_size, folder),

@@ -6,16 +6,21 @@ tests/integration/test_engine_*.
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_vopd import hf_io
 from megatron_vopd.rollout.engine import Sampling
 from megatron_vopd.rollout.scripted import ScriptedEngine
-from megatron_vopd.rollout.transfer import digest
+from megatron_vopd.rollout.segments import Segment, digest
 from megatron_vopd.types import Layout, Prompt
 from megatron_vopd.weight_sync import (
     Probe,
@@ -70,6 +75,27 @@ def _attempt(action: Any) -> Any:
         return str(error)
 
 
+@contextmanager
+def _no_broadcasts() -> Iterator[None]:
+    """Collectives of `hf_io` fail."""
+    with mock.patch.object(hf_io, "broadcast_from_position", side_effect=AssertionError("used")):
+        yield
+
+
+@contextmanager
+def _second_fails() -> Iterator[None]:
+    """The second layer finds no memory."""
+    make_room, calls = Segment.make_room, itertools.count()
+
+    def failing(self: Segment, *args: Any) -> Any:
+        if next(calls) == 1:
+            raise OSError("no memory left")
+        return make_room(self, *args)
+
+    with mock.patch.object(Segment, "make_room", failing):
+        yield
+
+
 def _pushes(case: Case, folder: str) -> dict[str, Any]:
     """On a rank: one push after another, with every kind of failure."""
     groups = enter(case)
@@ -84,9 +110,26 @@ def _pushes(case: Case, folder: str) -> dict[str, Any]:
     found["push"] = one(engine, 1)
     found["weights"] = engine.weights if engine else None
 
+    # The same through memory that all ranks write; no collective carries a weight then.
+    shared = ScriptedEngine(VOCAB, shared_dtype=torch.float32) if leader else None
+    with _no_broadcasts():
+        found["shared"] = one(shared, 1)
+    found["shared weights"] = shared.weights if shared else None
+
+    # The last rank cannot write the second layer.
+    is_last = dist.get_rank() == dist.get_world_size() - 1
+    unwritable = ScriptedEngine(VOCAB, shared_dtype=torch.float32) if leader else None
+    with _second_fails() if is_last else nullcontext():
+        found["unwritable"] = one(unwritable, 2, attempts=1)
+    found["unwritable version"] = unwritable.policy_version if unwritable else None
+
     # The last leader fails once in the middle of a push, then always.
     is_last_leader = leader and groups.coordinates.dp == groups.layout.dp - 1
-    flaky = ScriptedEngine(VOCAB, push_faults=[0] if is_last_leader else []) if leader else None
+    flaky = (
+        ScriptedEngine(VOCAB, push_faults=[0] if is_last_leader else [], shared_dtype=torch.float32)
+        if leader
+        else None
+    )
     found["flaky"] = one(flaky, 2)
     found["flaky weights"] = flaky.weights if flaky else None
     broken = (
@@ -123,16 +166,20 @@ def test_pushes(case: Case, model: TinyModel, tmp_path: Path) -> None:
         report = found["push"]
         assert isinstance(report, PushReport) and report.attempts == 1
         assert report.num_tensors == len(expected) and report.num_bytes >= num_bytes
+        assert found["shared"] == report
         assert found["flaky"].attempts == 2 and found["flaky"].policy_version == 2
-        for name in ("broken", "unproven", "nan"):
+        for name in ("unwritable", "broken", "unproven", "nan"):
             assert found[name] == results[0][name], "every rank must be told the same"
+        assert "rank 3: weights: 1 ranks could not write" in found["unwritable"]
+        assert "no memory left" in found["unwritable"]
+        assert found["unwritable version"] is None
         assert "failed 2 times" in found["broken"] and "as asked for" in found["broken"]
         assert "it does not hold the student's weights" in found["unproven"]
         assert found["proven"].probe_gap == 0.0
         assert largest_gap(found["scores"], scores) <= 1e-5
         assert "rank 3" in found["nan"] and "not finite" in found["nan"]
     for found in leaders:
-        assert found["weights"] == found["flaky weights"] == expected
+        assert found["weights"] == found["flaky weights"] == found["shared weights"] == expected
         assert found["unproven version"] is None and found["nan version"] == 5
     assert leaders[-1]["broken version"] is None
 

@@ -11,3 +11,4 @@ from tests.distributed import harness
 def patient_world(monkeypatch: pytest.MonkeyPatch) -> None:
     """Engines take 10 s each to start on two quiet cores, and a minute on busy ones."""
     monkeypatch.setattr(harness, "WORLD_SECONDS", 900)
+    monkeypatch.setattr(harness, "COLLECTIVE_SECONDS", 600)

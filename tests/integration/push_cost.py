@@ -65,18 +65,28 @@ class Peak:
 
 
 def _resident_bytes() -> int:
-    """Private memory, and what this process holds in memory files that only have a descriptor."""
+    """Private memory, and all of each memory file that this process has open or mapped.
+
+    A file that several ranks hold is charged to each of them, whoever made and filled it.
+    """
     total = 0
     for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(("RssAnon:", "RssShmem:")):
+        if line.startswith("RssAnon:"):
             total += int(line.split()[1]) * 1024
+    files: dict[int, int] = {}  # inode -> bytes
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if "megatron_vopd_weights" in line:
+            span, _, _, _, inode = line.split()[:5]
+            start, stop = (int(end, 16) for end in span.split("-"))
+            files[int(inode)] = stop - start
     for entry in Path("/proc/self/fd").iterdir():
         try:
             if "megatron_vopd_weights" in str(entry.readlink()):
-                total += entry.stat().st_blocks * 512
+                found = entry.stat()
+                files[found.st_ino] = found.st_blocks * 512
         except OSError:
             continue
-    return total
+    return total + sum(files.values())
 
 
 def _copy_rate(num_bytes: int) -> float:

@@ -19,7 +19,7 @@ from torch import Tensor
 from megatron_vopd import weight_sync
 from megatron_vopd.hf_io import export_weights
 from megatron_vopd.rollout.engine import EngineError, PushReport, Sampling
-from megatron_vopd.rollout.transfer import Segment
+from megatron_vopd.rollout.segments import Segment
 from megatron_vopd.rollout.vllm_local import LocalEngine
 from megatron_vopd.types import Layout
 from megatron_vopd.weight_sync import WeightSyncError, is_leader, make_probe, push
@@ -107,7 +107,7 @@ class StaleCacheEngine(LocalEngine):
 
 def _truncated(self: Segment) -> dict[str, Any]:
     info = original_info(self)
-    os.ftruncate(self._fd, self._end // 2)
+    os.ftruncate(self.file.fd, self._end // 2)
     return info
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
+from collections.abc import Iterator
+from itertools import groupby
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ import torch
 
 from megatron_vopd.rollout import transfer
 from megatron_vopd.rollout.engine import EngineError
-from megatron_vopd.rollout.transfer import Segment, map_segment, read_tensors, send_weights
+from megatron_vopd.rollout.segments import MappedSegment, MemoryFile, Segment, read_tensors
+from megatron_vopd.rollout.transfer import WeightSource, send_weights
 
 SHAPES = {
     "model.embed_tokens.weight": (11, 8),
@@ -45,21 +48,29 @@ class Receiver:
         assert not self.received
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        data = map_segment(update_info["path"], update_info["size"])
+        segment = MappedSegment(update_info["path"], update_info["size"])
+        assert segment.data is not None
         try:
             for name, tensor in read_tensors(
-                data, update_info["tensors"], self.missing, self.dtype
+                segment.data, update_info["tensors"], self.missing, self.dtype
             ):
                 self.received[name] = tensor.clone()
-                del self.missing[name]
         except ValueError as error:
             raise EngineError(str(error)) from error
+        del tensor
+        segment.release()
         self.parts.append([entry[0] for entry in update_info["tensors"]])
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         if self.missing:
             raise EngineError(f"{len(self.missing)} weights did not come")
         self.version = weight_version
+
+
+def _mapped(info: dict[str, Any]) -> torch.Tensor:
+    data = MappedSegment(info["path"], info["size"]).data
+    assert data is not None
+    return data
 
 
 def _open_segments() -> int:
@@ -84,9 +95,9 @@ def test_never_more_than_two_layers_exist(monkeypatch: pytest.MonkeyPatch) -> No
     most = 0
 
     class Watched(Segment):
-        def __init__(self) -> None:
+        def __init__(self, *args: Any) -> None:
             nonlocal most
-            super().__init__()
+            super().__init__(*args)
             alive.add(id(self))
             most = max(most, len(alive))
 
@@ -113,7 +124,7 @@ def test_views_and_scalars_are_sent_as_they_are() -> None:
     segment.add("view", view)
     segment.add("scalar", torch.tensor(3.0))
     info = segment.update_info()
-    data = map_segment(info["path"], info["size"])
+    data = _mapped(info)
     found = dict(read_tensors(data, info["tensors"], {"view": (4, 3), "scalar": ()}, "float32"))
     assert torch.equal(found["view"], view) and found["scalar"] == 3.0
     segment.close()
@@ -156,17 +167,17 @@ def test_truncated_and_changed_segments_are_refused(monkeypatch: pytest.MonkeyPa
     segment = Segment()
     segment.add("lm_head.weight", torch.ones(11, 8))
     info, expected = segment.update_info(), {"lm_head.weight": (11, 8)}
-    with pytest.raises(ValueError, match="truncated: 352 bytes of 9999"):
-        map_segment(info["path"], 9999)
-    data = map_segment(info["path"], info["size"])
+    with pytest.raises(ValueError, match="truncated: 416 bytes of 9999"):
+        MappedSegment(info["path"], 9999)
+    data = _mapped(info)
     data[100] ^= 1
     with pytest.raises(ValueError, match="changed on its way"):
         list(read_tensors(data, info["tensors"], expected, "float32"))
-    info["tensors"][0][3] = 64
+    info["tensors"][0][3] = 128
     with pytest.raises(ValueError, match="outside its segment"):
         list(read_tensors(data, info["tensors"], expected, "float32"))
     with pytest.raises(ValueError, match="cannot be opened"):
-        map_segment("/proc/1/fd/99999", 10)
+        MappedSegment("/proc/1/fd/99999", 10)
     segment.close()
 
 
@@ -179,6 +190,79 @@ def test_a_source_that_fails_leaves_nothing_behind() -> None:
     with pytest.raises(RuntimeError, match="a rank is gone"):
         send_weights(failing(), receiver, torch.float32, "1")
     assert receiver.version is None and _open_segments() == 0
+
+
+class Built:
+    """A source whose layers lie in memory files from the start, as `SharedGather` builds them."""
+
+    def __init__(self) -> None:
+        self.spare: list[MemoryFile] = []
+        self.segment: Segment | None = None
+        self.built: list[str] = []
+        self.num_reused = 0
+
+    def take(self) -> Segment | None:
+        segment, self.segment = self.segment, None
+        return segment
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for _, pairs in groupby(_tensors(), key=lambda pair: transfer.layer_key(pair[0])):
+            layer = dict(pairs)
+            file = self.spare.pop() if self.spare else None
+            self.num_reused += file is not None
+            self.segment = Segment(file, self.spare)
+            shapes = {name: tuple(tensor.shape) for name, tensor in layer.items()}
+            rooms = self.segment.make_room(shapes, torch.float32)
+            self.built.append(next(iter(layer)))
+            for name in layer:
+                yield name, rooms.pop(name).copy_(layer[name])
+
+
+class Holding(Receiver):
+    """Keeps a tensor of layer 0 beyond the call, as vLLM does until a layer is whole."""
+
+    kept: torch.Tensor | None = None
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        if "model.layers.0" in update_info["tensors"][0][0]:
+            segment = MappedSegment(update_info["path"], update_info["size"])
+            assert segment.data is not None
+            _, _, shape, offset, _ = update_info["tensors"][0]
+            self.kept = segment.data[offset : offset + 4 * 64].view(torch.float32).view(shape)
+            segment.release()
+        super().update_weights(update_info)
+
+
+def test_layers_built_in_memory_files_are_sent_without_a_copy() -> None:
+    built, receiver = Built(), Receiver()
+    in_flight: list[int] = []
+    update = receiver.update_weights
+
+    def watched(info: dict[str, Any]) -> None:
+        in_flight.append(len(built.built))
+        update(info)
+
+    receiver.update_weights = watched  # type: ignore[method-assign]
+    sent = send_weights(WeightSource(built, built.take), receiver, torch.float32, "3")
+    assert receiver.version == "3" and sent.num_tensors == len(SHAPES)
+    for name, tensor in _tensors():
+        assert torch.equal(receiver.received[name], tensor)
+    # No layer but the one after it is built before a layer is on its way.
+    assert all(number <= at + 2 for at, number in enumerate(in_flight)), in_flight
+    assert built.num_reused == 3, "five layers in two files"
+    for file in built.spare:
+        file.close()
+    assert _open_segments() == 0
+
+
+def test_a_file_that_the_engine_still_reads_is_left_alone() -> None:
+    built, receiver = Built(), Holding()
+    send_weights(WeightSource(built, built.take), receiver, torch.float32, "3")
+    assert receiver.kept is not None
+    assert torch.equal(receiver.kept, dict(_tensors())["model.layers.0.q.weight"])
+    assert built.num_reused == 2, "one of the files was the engine's from then on"
+    for file in built.spare:
+        file.close()
 
 
 def test_finite_check_sees_every_place() -> None:
