@@ -269,8 +269,12 @@ def _stage(
         overrides.append(f"data.evaluation={out / 'data' / 'evaluation.jsonl'}")
         overrides.append(f"evaluation.max_tokens={longest}")
     path = CONFIGS / f"{name}.yaml"
+    if steps is None:
+        steps = configured_steps(path)
+    else:
+        overrides.append(f"optimizer.warmup_steps={max(steps, 0) // 20}")
     run_dir = out / (run_name or name)
-    return Stage(path, (*overrides, *more), num_ranks, run_dir, steps or configured_steps(path))
+    return Stage(path, (*overrides, *more), num_ranks, run_dir, steps)
 
 
 def _fresh(settings: DemoSettings, export: Path) -> int:

@@ -111,6 +111,8 @@ def test_every_stage_is_a_configuration_that_holds(tmp_path: Path) -> None:
     for name, config in configs.items():
         assert config.run.name == name and config.max_response_tokens == 36 + 5 + 1 + 2
         assert config.train.steps == stages[name].steps > 100
+    short = demo._stages(DemoSettings(tmp_path, teacher_steps=2))["teacher"]
+    assert load_config(*_split(short)).train.steps == 2, "no more steps of warm-up than steps"
     vopd, opd = configs["vopd"], configs["opd"]
     assert (vopd.objective.baseline, opd.objective.baseline) == ("full", "none")
     changes = {"run": vopd.run, "objective": vopd.objective}
