@@ -146,8 +146,8 @@ def verify_checkpoint(folder: Path) -> int:
         raise PublishError(f"{error.filename or folder}: {error.strerror}") from error
     if manifest is None:
         raise PublishError(
-            f"{folder}: has no manifest.json, so it is no checkpoint, or not a complete one; give a "
-            "step_N folder of a run's checkpoints"
+            f"{folder}: has no manifest.json, so it is no checkpoint, or not a complete one; give "
+            "a step_N folder of a run's checkpoints"
         )
     step = manifest.get("step")
     if manifest.get("kind") != KIND or type(step) is not int or step < 0:
