@@ -145,7 +145,10 @@ def verify_checkpoint(folder: Path) -> int:
     except OSError as error:
         raise PublishError(f"{error.filename or folder}: {error.strerror}") from error
     if manifest is None:
-        raise PublishError(f"{folder}: has no manifest.json; the checkpoint is not complete")
+        raise PublishError(
+            f"{folder}: has no manifest.json, so it is no checkpoint, or not a complete one; give "
+            "a step_N folder of a run's checkpoints"
+        )
     step = manifest.get("step")
     if manifest.get("kind") != KIND or type(step) is not int or step < 0:
         raise PublishError(f"{folder}: not a checkpoint of a training run; give a step_N folder")
@@ -254,8 +257,9 @@ def remove_old(run_dir: Path, newest: int, keep: int, also: Collection[int] = ()
     for step in removed:
         folder = step_dir(run_dir, step)
         gone = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(6)}")
-        os.rename(folder, gone)
-        shutil.rmtree(gone)
+        with naming(folder, "it was to be removed; newer ones are whole; check the disk"):
+            os.rename(folder, gone)
+            shutil.rmtree(gone)
     return removed
 
 

@@ -1,7 +1,7 @@
 """What a push of a 600M-parameter student costs: time against a copy of the same bytes, and memory.
 
 How fast it is depends on the machine and on what else it does; asserted are the memory, and a rate
-far below what an idle machine reaches.
+that a very busy machine still reaches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from tests.integration.engines import needs_vllm
 from tests.integration.push_cost import measure
 
 pytestmark = needs_vllm
-SLOWEST = 0.05  # GB/s, ten times less than two idle cores do
+SLOWEST = 0.05  # GB/s; 0.08 was the slowest seen, on two cores at a load of 37
 
 
 @pytest.mark.timeout(1200)

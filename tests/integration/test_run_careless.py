@@ -249,7 +249,7 @@ def _called(root: Path, *overrides: str) -> tuple[int, str, str, float]:
 def _used(root: Path, base: Path, name: str, use: Careless) -> dict[str, Any]:
     """One use on a copy of the run."""
     moved = any("run.dir" in text for text in use.overrides)
-    run_dir = (root / "moved" if moved else base.parent) / name.translate({58: None, 32: "_"})
+    run_dir = (root / "moved" if moved else base.parent) / f"use_{list(USES).index(name)}"
     shutil.copytree(base, run_dir)
     before = _digests(run_dir / "checkpoints")
     held = use.edit(run_dir) if use.edit is not None else None

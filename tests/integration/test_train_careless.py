@@ -213,5 +213,5 @@ def test_careless_uses(root: Path) -> None:
     assert (root / "runs" / "mine" / "config.yaml").read_text() == "# mine\n"
     done = root / "runs" / "done"
     # The status says how this start ended, for whoever would start it again.
-    assert {path.name for path in done.iterdir()} == {"metrics.jsonl", "status.json"}
+    assert {path.name for path in done.iterdir()} == {"lock", "metrics.jsonl", "status.json"}
     assert (done / "metrics.jsonl").read_text() == '{"step": 1, "loss/mean": 0.5}\n'
