@@ -42,7 +42,7 @@ def kill_after(root: Path, name: str, num_lines: int) -> int:
     """Start it, kill -9 it and all its processes once that many lines are there; their number."""
     part = root / f"{name}.partial"
     with started(root / "launch", *arguments(root, name)) as process:
-        deadline = time.monotonic() + 400
+        deadline = time.monotonic() + 1200
         while time.monotonic() < deadline and process.poll() is None:
             if part.exists() and part.read_bytes().count(b"\n") >= num_lines:
                 break
@@ -54,7 +54,7 @@ def kill_after(root: Path, name: str, num_lines: int) -> int:
     return part.read_bytes().count(b"\n")
 
 
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(3600)
 def test_killed_and_gone_on_with_then_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
