@@ -61,7 +61,7 @@ _BASELINES = {"vopd": "full", "opd": "none"}
 # What must hold in the end; shares of the evaluation's problems.
 TEACHER_BAR, GAIN_BAR, STUDENT_BAR = 0.95, 0.40, 0.90
 # Two greedy answers of equal weights may differ where two tokens are as likely to the last digit.
-MAX_DIFFERENT_ANSWERS = 2
+MAX_OFF_BY = 2
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def _fresh(settings: DemoSettings, export: Path) -> int:
 def _bars(results: Results, num_problems: int) -> list[Bar]:
     before, after = results.before("vopd"), results.after("vopd")
     gain = after - before
-    different = round(abs(results.fresh_vllm - after) * num_problems)
+    off_by = round(abs(results.fresh_vllm - after) * num_problems)
     return [
         Bar(
             f"the teacher has {results.teacher:.1%} right, at least {TEACHER_BAR:.0%}",
@@ -312,8 +312,8 @@ def _bars(results: Results, num_problems: int) -> list[Bar]:
         ),
         Bar(f"the student has {after:.1%} right, at least {STUDENT_BAR:.0%}", after >= STUDENT_BAR),
         Bar(
-            f"its export in a fresh vLLM has {results.fresh_vllm:.1%} right: {different} of "
-            f"{num_problems} answers differ, at most {MAX_DIFFERENT_ANSWERS}",
-            different <= MAX_DIFFERENT_ANSWERS,
+            f"its export in a fresh vLLM has {results.fresh_vllm:.1%} right: {off_by} of "
+            f"{num_problems} more or fewer, at most {MAX_OFF_BY}",
+            off_by <= MAX_OFF_BY,
         ),
     ]
