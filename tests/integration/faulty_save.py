@@ -2,7 +2,7 @@
 
 `FAULT_RANK`, `FAULT_STEP` say which rank and which checkpoint; `FAULT` what happens: `KILL`, `STOP`
 (signals to itself), `LIMIT` (its files may grow no further), `SLOW` (three seconds are lost). Ranks
-wait for one another 10 s at most.
+wait for one another 30 s at most.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _armed(add: Any) -> Any:
 
 if __name__ == "__main__":
     checkpoint.ShardFile.add = _armed(checkpoint.ShardFile.add)  # type: ignore[method-assign]
-    train.longest_wait_seconds = lambda _: 10.0  # type: ignore[assignment]
+    train.longest_wait_seconds = lambda _: 30.0  # type: ignore[assignment]
     status = train.main()
     sys.stdout.flush()
     os._exit(status)
