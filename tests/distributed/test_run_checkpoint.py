@@ -129,9 +129,10 @@ def test_a_resumed_run_is_bitwise_the_undisturbed_one(name: str, halves: list) -
         assert found["num"] > 20
         assert not found["different"] and not found["extra keys"]
         assert found["metrics equal"]
-        # The curriculum moved on both sides of the restart.
+        # The curriculum moved on both sides of the restart, where that does not come too late.
         at, lengths = RESUMED[name][3], found["lengths"]
-        assert (lengths[0] < lengths[at - 1] or at == 2) and lengths[at - 1] < lengths[-1]
+        assert lengths[0] < lengths[at - 1] or at == 2
+        assert lengths[at - 1] < lengths[-1] or "epoch" in name
         assert found["extra"] == {"best": 0.5}
 
 
