@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from megatron_vopd.config import load_config
 from megatron_vopd.settings import objective_of
@@ -19,7 +20,11 @@ EXPECTED = {
     "mixed": ("student", "mixed"),
     "curriculum": ("student", "sampled"),
 }
-MADE = ("start/hf/step_200", "teacher/hf/step_250")
+# The folders that the demo makes, by the steps of its own configurations.
+MADE = tuple(
+    f"{name}/hf/step_{yaml.safe_load((CELLS.parent / f'{name}.yaml').read_text())['train']['steps']}"
+    for name in ("start", "teacher")
+)
 FILES = ("data/train.jsonl", "data/evaluation.jsonl", "teacher_responses.jsonl")
 
 
