@@ -20,11 +20,10 @@ EXPECTED = {
     "mixed": ("student", "mixed"),
     "curriculum": ("student", "sampled"),
 }
+MADE_BY = ("start", "teacher")
 # The folders that the demo makes, by the steps of its own configurations.
-MADE = tuple(
-    f"{name}/hf/step_{yaml.safe_load((CELLS.parent / f'{name}.yaml').read_text())['train']['steps']}"
-    for name in ("start", "teacher")
-)
+RUNS = {name: yaml.safe_load((CELLS.parent / f"{name}.yaml").read_text()) for name in MADE_BY}
+MADE = [f"{name}/hf/step_{run['train']['steps']}" for name, run in RUNS.items()]
 FILES = ("data/train.jsonl", "data/evaluation.jsonl", "teacher_responses.jsonl")
 
 
