@@ -210,7 +210,11 @@ class RolloutCollector:
     def _asked(self, request: Request, policy_version: int) -> list[Graded]:
         def answer() -> Answer:
             with nullcontext() if self._stop is None else self._stop.abortable():
-                return self._generate(request)
+                answers = self._generate(request)
+            if self._engine is not None:
+                # Teacher and student have the device until the next push or generation.
+                self._engine.sleep()
+            return answers
 
         return self._own(request, answer, answer, policy_version)
 

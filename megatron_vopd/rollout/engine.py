@@ -224,7 +224,7 @@ class Engine(Protocol):
         ...
 
     def sleep(self) -> None:
-        """Give device memory back between generations, where the engine can."""
+        """Give device memory back until the next push or generation, where the engine can."""
         ...
 
     def wake(self) -> None:

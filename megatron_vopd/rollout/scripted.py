@@ -88,6 +88,7 @@ class ScriptedEngine:
         """Samples of each prompt's distribution; a faulty call as asked for."""
         fault = self._faults.get(self.num_generations)
         self.num_generations += 1
+        self.wake()
         if self.policy_version is None:
             raise EngineError("scripted engine, generate: no weights were pushed")
         if fault in ("exception", "timeout"):

@@ -68,7 +68,8 @@ def _grade(rollout: Rollout) -> float:
 def _two_steps() -> Any:
     engine = _engine()
     collector = _collector(engine, grader=_grade)
-    return [collector.take(step, 7, 0) for step in range(2)], engine.num_generations
+    taken = [collector.take(step, 7, 0) for step in range(2)]
+    return taken, engine.num_generations, engine.is_asleep
 
 
 FAULTS = ("exception", "timeout", "too_few", "duplicates", "nan", "out_of_range", "empty")
@@ -194,12 +195,14 @@ def test_every_rank_has_every_response_in_order(seen: list[dict[str, Any]]) -> N
         prompts = stream.next(5)
         seed = step_seed(0, step)
         alone = _engine().generate(prompts, Sampling(7, samples=2, seed=seed))
-        for steps, _ in results:
+        for steps, _, _ in results:
             assert [one.rollout for one in steps[step]] == alone
             assert [one.grade for one in steps[step]] == [_grade(r) for r in alone]
             assert [one.order for one in steps[step]] == list(range(10))
     # Five prompts over two leaders: both generated in each step, the other ranks never.
-    assert [number for _, number in results] == [2, 0, 2, 0]
+    assert [number for _, number, _ in results] == [2, 0, 2, 0]
+    # An engine that has answered gives its memory to teacher and student.
+    assert [is_asleep for _, _, is_asleep in results] == [True, False, True, False]
 
 
 def test_a_fault_of_one_engine_is_raised_on_all_ranks(seen: list[dict[str, Any]]) -> None:
@@ -213,7 +216,7 @@ def test_a_fault_of_one_engine_is_raised_on_all_ranks(seen: list[dict[str, Any]]
 def test_a_failed_engine_is_started_again_and_asked_again(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
         graded, pushed = rank["_recovery"]
-        undisturbed, _ = rank["_two_steps"]
+        undisturbed, _, _ = rank["_two_steps"]
         assert pushed == [0]
         assert [one.rollout for one in graded] == [one.rollout for one in undisturbed[0]]
 
