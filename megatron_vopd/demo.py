@@ -2,7 +2,8 @@
 
     data        worked-out additions; a tokenizer; two Qwen3 models with random weights
     teacher     learns from given responses (`hard`), two ranks
-    start       so does the student, for a few steps
+    start       so does the student; the first of its exports that has a part of the answers right
+                is where distillation starts (how soon that is differs by seed)
     vopd        the student learns on its own samples: four ranks, student tp 2 x pp 2, teacher
                 tp 2 x dp 2, vLLM, a push of the weights after every step
     opd         the same without the baseline, where a comparison is asked for
@@ -26,16 +27,24 @@ from typing import Any
 
 from megatron_vopd.demo_data import (
     ALPHABET,
+    additions,
     longest_prompt_tokens,
     longest_response_tokens,
     save_data,
 )
-from megatron_vopd.demo_models import save_model
+from megatron_vopd.demo_models import save_model, share_right
 from megatron_vopd.demo_report import Bar, Results, save_plot, table
-from megatron_vopd.demo_stages import Stage, StageError, configured_steps, run_stage
+from megatron_vopd.demo_stages import (
+    Stage,
+    StageError,
+    configured_steps,
+    exported_steps,
+    run_stage,
+)
 from megatron_vopd.grading import Grader, GradingError
 from megatron_vopd.rollout.engine import EngineError
 from megatron_vopd.rollout.fresh_sampler import greedy_texts
+from megatron_vopd.run_folder import hf_dir
 from megatron_vopd.types import Prompt, UserError
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -47,6 +56,8 @@ PLOT_NAME = "plot.png"
 TEACHER_SIZE, STUDENT_SIZE = (128, 4), (64, 4)
 # Beyond the longest correct response, so that a wrong one may be longer.
 SPARE_TOKENS = 2
+# Where distillation starts: so many right, of so many problems that were not trained on.
+START_BAR, NUM_START_PROBLEMS = 0.15, 200
 # The probe of a push is 48 tokens, whatever the task.
 MIN_CONTEXT = 128
 
@@ -172,6 +183,9 @@ def _made(settings: DemoSettings) -> Results:
     _shown("data and models", lambda: _save_inputs(settings), (out / SIZES_NAME).is_file())
     for name, stage in stages.items():
         _shown(_TITLES[name], lambda stage=stage: run_stage(stage), stage.is_done())
+        if name == "start":
+            title = "start: where it has a part of the answers right"
+            _shown(title, lambda s=stage: _choose_start(settings, s), _start_dir(out).is_dir())
     export = stages["vopd"].export
     num_right = _shown("check: vLLM on the exported student", lambda: _fresh(settings, export))
     runs = {name: stages[name] for name in _BASELINES if name in stages}
@@ -220,6 +234,29 @@ def _save_inputs(settings: DemoSettings) -> None:
     (out / SIZES_NAME).write_text(json.dumps(found) + "\n", encoding="ascii")
 
 
+def _start_dir(out: Path) -> Path:
+    return out / "models" / "start"
+
+
+def _choose_start(settings: DemoSettings, stage: Stage) -> None:
+    """Copy the first export that meets START_BAR, or else the last one; whole or not at all."""
+    out, num = settings.out, settings.num_evaluation
+    problems = additions(settings.num_training + num, settings.digits, settings.seed)
+    problems = problems[: min(num, NUM_START_PROBLEMS)]
+    chosen = stage.export
+    for step in sorted(exported_steps(stage.run_dir)):
+        folder = hf_dir(stage.run_dir, step)
+        share = share_right(folder, problems, _longest_response(settings.digits))
+        print(f"after step {step}: {share:.1%} of {len(problems)} right", flush=True)
+        if share >= START_BAR:
+            chosen = folder
+            break
+    beside = _start_dir(out).with_suffix(".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    shutil.copytree(chosen, beside)
+    beside.rename(_start_dir(out))
+
+
 def _longest_response(digits: int) -> int:
     return longest_response_tokens(digits) + SPARE_TOKENS
 
@@ -238,7 +275,7 @@ def _stages(settings: DemoSettings) -> dict[str, Stage]:
             "distil",
             4,
             settings.steps,
-            start.export,
+            _start_dir(settings.out),
             name,
             f"objective.baseline={baseline}",
             f"teacher.path={teacher.export}",

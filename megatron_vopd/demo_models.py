@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
+
+from megatron_vopd.demo_data import Addition
 
 END, UNKNOWN = "<|end|>", "<|unknown|>"
 # vLLM's attention on a CPU takes heads of 32 and its multiples.
@@ -64,3 +67,27 @@ def save_model(
     model.save_pretrained(folder)
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": vocab_size - 1}))
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def share_right(folder: Path, problems: Sequence[Addition], max_new_tokens: int) -> float:
+    """Share of problems that a model answers with the right sum, greedily, by transformers, 0 to 1.
+
+    Args:
+        problems: all of as many digits, so that their prompts are of one length.
+    """
+    disable_progress_bar()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)
+    prompts_PT = tokenizer([problem.prompt for problem in problems], return_tensors="pt").input_ids
+    with torch.no_grad():
+        ids = model.generate(
+            prompts_PT,
+            attention_mask=torch.ones_like(prompts_PT),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            pad_token_id=model.generation_config.eos_token_id,
+        )
+    texts = tokenizer.batch_decode(ids[:, prompts_PT.shape[1] :], skip_special_tokens=True)
+    pairs = zip(problems, texts, strict=True)
+    right = sum(text.rpartition("\n")[2] == problem.answer for problem, text in pairs)
+    return right / len(problems)

@@ -18,7 +18,7 @@ from typing import IO
 import yaml
 
 from megatron_vopd.metrics_file import METRICS_NAME, read_metrics
-from megatron_vopd.run_folder import STATUS_NAME, hf_dir, saved_steps
+from megatron_vopd.run_folder import STATUS_NAME, hf_dir, saved_steps, step_of
 
 # One greedy response to each problem of evaluation.jsonl.
 ACCURACY = "eval/evaluation/avg@1"
@@ -81,6 +81,12 @@ class Stage:
 def configured_steps(config_path: Path) -> int:
     """`train.steps` as the file says."""
     return yaml.safe_load(config_path.read_text(encoding="utf-8"))["train"]["steps"]
+
+
+def exported_steps(run_dir: Path) -> list[int]:
+    """Steps after which the run's student was exported."""
+    found = (step_of(folder.name) for folder in (run_dir / "hf").iterdir())
+    return [step for step in found if step is not None]
 
 
 def run_stage(stage: Stage) -> None:

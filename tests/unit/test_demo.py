@@ -9,9 +9,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from megatron_vopd import cli, demo, demo_stages
 from megatron_vopd.config import load_config
@@ -24,7 +26,7 @@ from megatron_vopd.demo_data import (
     longest_response_tokens,
     save_data,
 )
-from megatron_vopd.demo_models import save_model
+from megatron_vopd.demo_models import save_model, share_right
 from megatron_vopd.demo_report import Results, save_plot, smoothed, table
 from megatron_vopd.demo_stages import Stage, StageError, run_stage, thinned
 from megatron_vopd.final_answer import is_same_text
@@ -99,13 +101,51 @@ def test_models_know_every_character_and_their_end(tmp_path: Path) -> None:
     assert ends == {model.generation_config.eos_token_id} and ends.isdisjoint(ids)
 
 
+def test_share_right_counts_greedy_answers(tmp_path: Path) -> None:
+    """Of a model with random weights: none; with what it answers as the reference: all."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    save_model(tmp_path, ALPHABET, 0, 64, 1, 128)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path)
+    problems: list[Any] = list(additions(20, 1, 0))
+    assert share_right(tmp_path, problems, 4) == 0
+    for i, problem in enumerate(problems[:5]):
+        ids = tokenizer(problem.prompt, return_tensors="pt").input_ids
+        for _ in range(4):
+            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
+        text = tokenizer.decode(ids[0, 4:], skip_special_tokens=True)
+        problems[i] = SimpleNamespace(prompt=problem.prompt, answer=text.rpartition("\n")[2])
+    assert share_right(tmp_path, problems, 4) == 0.25
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"), [((0.0, 0.2, 0.9), 80), ((0.0, 0.1, 0.1), 120), ((0.5, 0.6, 0.7), 40)]
+)
+def test_distillation_starts_at_the_first_export_with_a_part_right(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, ...], expected: int
+) -> None:
+    settings = DemoSettings(tmp_path, num_training=50, num_evaluation=5)
+    stage = Stage(tmp_path / "start.yaml", (), 1, tmp_path / "start", 120)
+    for step in (40, 80, 120):
+        folder = tmp_path / "start" / "hf" / f"step_{step}"
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text(str(step))
+    left = iter(shares)
+    monkeypatch.setattr(demo, "share_right", lambda *_: next(left))
+    (tmp_path / "models").mkdir()
+    demo._choose_start(settings, stage)
+    assert (tmp_path / "models" / "start" / "weights").read_text() == str(expected)
+    assert sorted(path.name for path in (tmp_path / "models").iterdir()) == ["start"]
+
+
 def test_every_stage_is_a_configuration_that_holds(tmp_path: Path) -> None:
     settings = DemoSettings(tmp_path, num_training=50, num_evaluation=5, digits=4, compare=True)
     demo._save_inputs(settings)
     stages = demo._stages(settings)
-    for name in ("teacher", "start"):
-        stages[name].export.parent.mkdir(parents=True)
-        stages[name].export.symlink_to(tmp_path / "models" / name.replace("start", "student"))
+    stages["teacher"].export.parent.mkdir(parents=True)
+    stages["teacher"].export.symlink_to(tmp_path / "models" / "teacher")
+    (tmp_path / "models" / "start").symlink_to(tmp_path / "models" / "student")
     assert list(stages) == ["teacher", "start", "vopd", "opd"]
     configs = {name: load_config(*_split(stage)) for name, stage in stages.items()}
     for name, config in configs.items():

@@ -20,10 +20,9 @@ EXPECTED = {
     "mixed": ("student", "mixed"),
     "curriculum": ("student", "sampled"),
 }
-MADE_BY = ("start", "teacher")
-# The folders that the demo makes, by the steps of its own configurations.
-RUNS = {name: yaml.safe_load((CELLS.parent / f"{name}.yaml").read_text()) for name in MADE_BY}
-MADE = [f"{name}/hf/step_{run['train']['steps']}" for name, run in RUNS.items()]
+_STEPS = yaml.safe_load((CELLS.parent / "teacher.yaml").read_text())["train"]["steps"]
+# What the demo makes.
+MADE = ("models/start", f"teacher/hf/step_{_STEPS}")
 FILES = ("data/train.jsonl", "data/evaluation.jsonl", "teacher_responses.jsonl")
 
 
