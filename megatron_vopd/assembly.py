@@ -270,17 +270,19 @@ def _assembled(
     identity = run_identity(config, student.facts) if stand_in is None else {}
     run = Run(config, run_dir, student_dir, student, trainer, engine, pusher, stack)
     if sources.problems and stand_in is None:
-        run.evaluator = Evaluator(
-            config.evaluation,
-            {task: found.prompts for task, found in sources.problems.items()},
-            collector(None, replace(settings, max_staleness=0), None, grader, pusher),
-            ends,
-            config.run.seed,
-            config.train.steps,
-        )
+        alone = collector(None, replace(settings, max_staleness=0), None, grader, pusher)
+        run.evaluator = _evaluator(config, sources, alone, ends)
     folders, keep = (run_dir, Path(student_dir)), config.checkpoint.keep
     run.checkpoints = RunCheckpoints(*folders, student, trainer, identity, keep, run.say)
     return run
+
+
+def _evaluator(
+    config: Config, sources: Sources, collector: RolloutCollector, ends: tuple[int, ...]
+) -> Evaluator:
+    problems = {task: found.prompts for task, found in sources.problems.items()}
+    last = config.train.steps
+    return Evaluator(config.evaluation, problems, collector, ends, config.run.seed, last)
 
 
 def _refused(key: str, got: str, expected: str, remedy: str) -> ConfigError:

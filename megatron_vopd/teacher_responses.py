@@ -100,9 +100,6 @@ def plan(job: Job) -> Plan:
     Raises:
         UserError: no such model, prompts that cannot be used, responses longer than the context.
     """
-    if find_spec("vllm") is None:
-        remedy = "install it (CPU: make engine)"
-        raise UserError(str(Problem("vLLM", "no such package", "it beside this package", remedy)))
     folder = local_model_folder(job.model, "MODEL_DIR")
     model = read_model_folder(folder)
     student = StudentSection(
@@ -149,6 +146,13 @@ def _require_room(job: Job, model: ModelFolder, prompts: Sequence[Prompt]) -> No
     if not model.eos_ids:
         remedy = "add eos_token_id to generation_config.json"
         raise DataError("MODEL_DIR", "no EOS id", "at least one: a response has to end", remedy)
+
+
+def require_vllm() -> None:
+    """Raises UserError where it is not installed."""
+    if find_spec("vllm") is None:
+        remedy = "install it (CPU: make engine)"
+        raise UserError(str(Problem("vLLM", "no such package", "it beside this package", remedy)))
 
 
 def make_engine(plan: Plan) -> Engine:

@@ -87,13 +87,14 @@ def run(options: argparse.Namespace) -> int:
     from megatron_vopd.response_file import ResponseFile
     from megatron_vopd.rollout.engine import EngineError
     from megatron_vopd.rollout.progress import progress_bar
-    from megatron_vopd.teacher_responses import Job, generate, make_engine, plan
+    from megatron_vopd.teacher_responses import Job, generate, make_engine, plan, require_vllm
 
     has_gpu = torch.cuda.is_available()
     device = options.device if options.device != "auto" else "cuda" if has_gpu else "cpu"
     paths = {key: local(getattr(options, key)) for key in ("model", "prompts")}
     tokenizer = options.tokenizer and local(options.tokenizer)
     made = plan(Job(**{**vars(options), **paths, "tokenizer": tokenizer, "device": device}))
+    require_vllm()
     total = len(made.places)
     print(f"{len(made.prompts)} prompts, {made.num_too_long} left out as too long", flush=True)
     with ResponseFile(options.out, made.identity(), made.places) as file:

@@ -227,8 +227,13 @@ class TestStage:
             return lines
 
         monkeypatch.setattr(demo_stages, "thinned", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            run_stage(self._stage(tmp_path))
+        # A job in the background of a shell ignores SIGINT.
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                run_stage(self._stage(tmp_path))
+        finally:
+            signal.signal(signal.SIGINT, before)
         with pytest.raises(ProcessLookupError):
             os.kill(int(next(lines)), 0)
 
