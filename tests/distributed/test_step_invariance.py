@@ -126,8 +126,7 @@ def test_batch_sizes_that_leave_replicas_empty(folders: tuple[str, str]) -> None
             if num == 0:
                 assert all(not g.any() for g in gradients.values())
                 continue
-            # Losses near 7: 1e-6 of that is 15 units in the last place of fp32.
-            assert loss == pytest.approx(references[num - 1].loss, rel=1e-6)
+            assert abs(loss - references[num - 1].loss) <= 1e-6
             worst = max(worst, worst_error(gradients, references[num - 1].gradients))
     print(f"\ngradient over 24 batches: {worst:.1e}")
     assert worst <= 1e-5
