@@ -160,11 +160,11 @@ class RunCheckpoints:
                         if error is None:
                             shard.data = shard.data.detach().cpu()
                             file.add(shard)
-                    except Exception as caught:
+                    except Exception as caught:  # `_values` has collectives: go on to the end
                         error = caught
                 if error is not None:
                     raise error
-        except Exception as caught:
+        except Exception as caught:  # raised by `chunks`, where all ranks are told
             error = caught
 
         def chunks() -> list[Written]:
