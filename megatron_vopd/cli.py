@@ -186,6 +186,7 @@ def _add_demo(commands: Any) -> None:
     add("--compare", action="store_true", help="distil without the baseline (OPD) too")
     add("--digits", type=int, default=3, metavar="N", help="of the numbers added (default: 3)")
     add("--steps", type=int, metavar="N", help="of each distillation (default: as configured)")
+    add("--models-only", action="store_true", help="end with teacher and start; distil nothing")
     add("--fresh", action="store_true", help="remove what an earlier demo left in the folder")
 
 
@@ -201,6 +202,7 @@ def demo(options: argparse.Namespace) -> int:
         digits=options.digits,
         steps=options.steps,
         compare=options.compare,
+        models_only=options.models_only,
     )
     return run_demo(settings, options.fresh)
 

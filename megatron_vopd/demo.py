@@ -83,6 +83,7 @@ class DemoSettings:
         digits: of the numbers added.
         teacher_steps, start_steps, steps: of the three kinds of run; None: as in their files.
         compare: distil without the baseline, too.
+        models_only: make data, teacher and start, for runs of one's own; distil nothing.
     """
 
     out: Path
@@ -94,10 +95,12 @@ class DemoSettings:
     start_steps: int | None = None
     steps: int | None = None
     compare: bool = False
+    models_only: bool = False
 
     def identity(self) -> dict[str, Any]:
         """JSON values."""
-        return {key: v for key, v in asdict(self).items() if key not in ("out", "compare")}
+        how_much = ("out", "compare", "models_only")
+        return {key: value for key, value in asdict(self).items() if key not in how_much}
 
 
 def run_demo(settings: DemoSettings, fresh: bool = False) -> int:
@@ -110,7 +113,12 @@ def run_demo(settings: DemoSettings, fresh: bool = False) -> int:
     try:
         _require_packages()
         _prepare(settings, fresh)
-        results = _made(settings)
+        _make_models(settings)
+        if settings.models_only:
+            print(f"\nteacher: {_stages(settings)['teacher'].export}")
+            print(f"start:   {_start_dir(settings.out)}")
+            return OK
+        results = _distilled(settings)
     except UserError as error:
         print(error, file=sys.stderr)
         return MISTAKE
@@ -177,18 +185,24 @@ def _read(path: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _made(settings: DemoSettings) -> Results:
-    """Every part of the demo in order, and what came of them."""
+def _make_models(settings: DemoSettings) -> None:
+    """Data, the teacher, and where distillation starts."""
     out, stages = settings.out, _stages(settings)
     _shown("data and models", lambda: _save_inputs(settings), (out / SIZES_NAME).is_file())
-    for name, stage in stages.items():
-        _shown(_TITLES[name], lambda stage=stage: run_stage(stage), stage.is_done())
-        if name == "start":
-            title = "start: where it has a part of the answers right"
-            _shown(title, lambda s=stage: _choose_start(settings, s), _start_dir(out).is_dir())
+    for name in ("teacher", "start"):
+        _show_run(name, stages[name])
+    title, start = "start: where it has a part of the answers right", stages["start"]
+    _shown(title, lambda: _choose_start(settings, start), _start_dir(out).is_dir())
+
+
+def _distilled(settings: DemoSettings) -> Results:
+    """Every distillation, the check, and what came of them all."""
+    out, stages = settings.out, _stages(settings)
+    runs = {name: stages[name] for name in _BASELINES if name in stages}
+    for name, stage in runs.items():
+        _show_run(name, stage)
     export = stages["vopd"].export
     num_right = _shown("check: vLLM on the exported student", lambda: _fresh(settings, export))
-    runs = {name: stages[name] for name in _BASELINES if name in stages}
     accuracies = {name: stage.accuracies() for name, stage in runs.items()}
     results = Results(
         seed=settings.seed,
@@ -202,6 +216,10 @@ def _made(settings: DemoSettings) -> Results:
     (out / RESULTS_NAME).write_text(text, encoding="ascii")
     save_plot({name: stage.run_dir for name, stage in runs.items()}, accuracies, out / PLOT_NAME)
     return results
+
+
+def _show_run(name: str, stage: Stage) -> None:
+    _shown(_TITLES[name], lambda: run_stage(stage), stage.is_done())
 
 
 def _shown(title: str, action: Callable[[], Any], is_done: bool = False) -> Any:

@@ -94,8 +94,14 @@ def _mid_generate(folder: str, log_path: str, tp: int, cases: list[tuple[str, in
             seen: list[float] = []
             original = run.engine.generate
 
-            def watched(*args: Any, seen: list = seen, original: Any = original) -> Any:
+            strike = threading.Timer(usual / 4, run.hit, (who, how))
+
+            def watched(
+                *args: Any, seen: list = seen, original: Any = original, strike: Any = strike
+            ) -> Any:
                 begin = time.monotonic()
+                if strike.ident is None:
+                    strike.start()
                 try:
                     return original(*args)
                 except EngineError:
@@ -103,7 +109,6 @@ def _mid_generate(folder: str, log_path: str, tp: int, cases: list[tuple[str, in
                     raise
 
             run.engine.generate = watched  # type: ignore[method-assign]
-            threading.Timer(usual / 2, run.hit, (who, how)).start()
             rollouts = run.sample()
             run.engine.generate = original  # type: ignore[method-assign]
             found.append((rollouts == undisturbed, seen, run.engine.num_starts))

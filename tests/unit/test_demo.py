@@ -31,6 +31,7 @@ from megatron_vopd.demo_report import Results, save_plot, smoothed, table
 from megatron_vopd.demo_stages import Stage, StageError, run_stage, thinned
 from megatron_vopd.final_answer import is_same_text
 from megatron_vopd.metrics_file import metrics_line
+from megatron_vopd.run_folder import hf_dir
 from megatron_vopd.types import UserError
 
 
@@ -265,6 +266,28 @@ class TestFolder:
     def test_not_a_folder(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (tmp_path / "file").touch()
         assert "choose another --out" in self._status(tmp_path / "file" / "demo", capsys)
+
+
+def test_models_only_are_the_models_of_a_demo(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing is distilled; a demo in the same folder takes what is there."""
+    made: list[str] = []
+
+    def run(stage: Stage) -> None:
+        made.append(stage.run_dir.name)
+        hf_dir(stage.run_dir, stage.steps).mkdir(parents=True, exist_ok=True)
+
+    monkeypatch.setattr(demo, "_require_packages", lambda: None)
+    monkeypatch.setattr(demo, "run_stage", run)
+    monkeypatch.setattr(demo, "share_right", lambda *_: 0.5)
+    monkeypatch.setattr(demo, "_fresh", lambda *_: made.append("check"))
+    arguments = ["demo", "--out", str(tmp_path)]
+    assert cli.main([*arguments, "--models-only"]) == demo.OK
+    assert made == ["teacher", "start"] and (tmp_path / "models" / "start").is_dir()
+    assert capsys.readouterr().out.endswith(f"start:   {tmp_path / 'models' / 'start'}\n")
+    assert cli.main(arguments) == demo.MISTAKE, "the stand-ins leave no metrics"
+    assert made[2:] == ["teacher", "start", "vopd", "check"]
 
 
 def test_without_vllm(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -34,10 +34,11 @@ def test_there_is_one_of_each() -> None:
 def test_it_is_a_sound_configuration(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    demo = tmp_path / "runs" / ("five_digits" if name == "curriculum" else "demo")
     for folder in MADE:
-        (tmp_path / "runs" / "demo" / folder).mkdir(parents=True)
+        (demo / folder).mkdir(parents=True)
     for file in FILES:
-        path = tmp_path / "runs" / "demo" / file
+        path = demo / file
         path.parent.mkdir(exist_ok=True)
         path.touch()
     monkeypatch.chdir(tmp_path)
