@@ -185,6 +185,7 @@ def _add_demo(commands: Any) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of data, models and samples (default: 0)")
     add("--compare", action="store_true", help="distil without the baseline (OPD) too")
     add("--digits", type=int, default=3, metavar="N", help="of the numbers added (default: 3)")
+    add("--teacher-steps", type=int, metavar="N", help="of the teacher (default: as configured)")
     add("--steps", type=int, metavar="N", help="of each distillation (default: as configured)")
     add("--models-only", action="store_true", help="end with teacher and start; distil nothing")
     add("--fresh", action="store_true", help="remove what an earlier demo left in the folder")
@@ -200,6 +201,7 @@ def demo(options: argparse.Namespace) -> int:
         Path(options.out),
         seed=options.seed,
         digits=options.digits,
+        teacher_steps=options.teacher_steps,
         steps=options.steps,
         compare=options.compare,
         models_only=options.models_only,

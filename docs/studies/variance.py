@@ -42,7 +42,7 @@ from megatron_vopd.packing import pack
 from megatron_vopd.parallel import Groups, independent_groups, init_single_process, student_groups
 from megatron_vopd.student import Student, load_student
 from megatron_vopd.teacher import Teacher, score
-from megatron_vopd.types import Layout, Prompt, Rollout
+from megatron_vopd.types import Layout, Prompt, Rollout, UserError
 
 BASELINES: dict[str, tuple[str, str, int]] = {
     "none": ("sampled", "none", 0),
@@ -56,6 +56,7 @@ BASELINES: dict[str, tuple[str, str, int]] = {
 EXACT = "exact"
 ROW_TOKENS = 4096
 NUM_RESAMPLES = 2000
+Found = dict[str, Any]  # of a stage: name -> figures
 CHUNK = 65536  # parameters whose inner products are taken at a time
 TINY = {"vocab_size": 300, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
 TINY |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
@@ -77,6 +78,12 @@ class Bench:
     prompts: list[Prompt]
     stop_ids: tuple[int, ...]
     options: argparse.Namespace
+
+    @property
+    def names(self) -> list[str]:
+        """What is measured: no top-k of a smaller vocabulary."""
+        vocab_size = self.student.facts.vocab_size
+        return [*(name for name in BASELINES if BASELINES[name][2] <= vocab_size), EXACT]
 
     def sample(self, number: int) -> list[Rollout]:
         """The batch of that number: drawn from the student's own softmax, token by token."""
@@ -189,14 +196,13 @@ def stages(options: argparse.Namespace, groups: Groups) -> Iterator[tuple[str, B
 def measure(bench: Bench, folder: Path) -> None:
     """Gradients of every batch that is not there yet, one file for each."""
     folder.mkdir(parents=True, exist_ok=True)
-    names = [*BASELINES, EXACT]
     for number in range(bench.options.batches):
         path = folder / f"batch_{number}.pt"
         if path.exists():
             continue
         started = time.perf_counter()
         rollouts = bench.sample(number)
-        found = torch.stack([bench.gradient(name, rollouts) for name in names])
+        found = torch.stack([bench.gradient(name, rollouts) for name in bench.names])
         part = path.with_suffix(".tmp")
         torch.save(found, part)
         os.replace(part, path)
@@ -223,9 +229,9 @@ def interval(values: np.ndarray) -> list[float]:
     return [float(np.quantile(values, q)) for q in (0.025, 0.975)]
 
 
-def summarise(gram: np.ndarray, num_batches: int, seed: int) -> dict[str, Any]:
+def summarise(gram: np.ndarray, names: Sequence[str], num_batches: int, seed: int) -> Found:
     """Per name: variance and noise relative to plain OPD, and bias, with intervals."""
-    names, n = [*BASELINES, EXACT], num_batches
+    n = num_batches
     block = gram.reshape(len(names), n, len(names), n)
     exact = names.index(EXACT)
     draws = np.random.default_rng(seed).integers(0, n, (NUM_RESAMPLES, n))
@@ -244,7 +250,7 @@ def summarise(gram: np.ndarray, num_batches: int, seed: int) -> dict[str, Any]:
     plain, plain_noise = variance(block[0, :, 0]), noise(0)
     others = (1 - np.eye(n)) / (n - 1)
     scale = float((block[exact, :, exact] * others).sum() / n)  # squared norm, without its noise
-    found: dict[str, Any] = {}
+    found: Found = {}
     for i, name in enumerate(names):
         ratio, noise_ratio = variance(block[i, :, i]) / plain, noise(i) / plain_noise
         along = ((block[i, :, exact] - block[exact, :, exact]) * others).sum(1) / scale
@@ -280,6 +286,8 @@ def write_summary(out: Path, results: dict[str, Any]) -> None:
         lines += [f"Noise of one batch under `none` over squared exact gradient: {ratio}.", ""]
         lines += ["| baseline | variance | noise | bias |", "| --- | --- | --- | --- |"]
         for name in [*BASELINES, EXACT]:
+            if name not in found:
+                continue
             cells = [shown(found[name][k]) for k in ("variance_ratio", "noise_ratio", "bias")]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     (out / "summary.md").write_text("\n".join(lines) + "\n")
@@ -291,7 +299,8 @@ def plot(out: Path, results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(BASELINES)[:-1]
+    stages = results["stages"].values()
+    names = [name for name in list(BASELINES)[:-1] if all(name in found for found in stages)]
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
     for shift, (stage, found) in zip((-0.1, 0.1), results["stages"].items(), strict=False):
         values = np.array([found[name]["noise_ratio"] for name in names])
@@ -344,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.student, options.teacher = make_tiny_models(work)
     init_single_process()
     torch.manual_seed(options.seed)
-    found: dict[str, Any] = {}
+    found: Found = {}
     started = time.perf_counter()
     for stage, bench in stages(options, student_groups(Layout(1))):
         gram_path = work / f"{stage}.npy"
@@ -355,7 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             os.replace(part, gram_path)
         for path in (work / stage).glob("batch_*"):
             path.unlink()
-        found[stage] = summarise(np.load(gram_path), options.batches, options.seed)
+        found[stage] = summarise(np.load(gram_path), bench.names, options.batches, options.seed)
     words = [Path(sys.argv[0]).as_posix(), *(sys.argv[1:] if arguments is None else arguments)]
     results = {
         "command": "python " + " ".join(map(str, words)),
@@ -373,4 +382,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

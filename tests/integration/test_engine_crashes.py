@@ -94,7 +94,7 @@ def _mid_generate(folder: str, log_path: str, tp: int, cases: list[tuple[str, in
             seen: list[float] = []
             original = run.engine.generate
 
-            strike = threading.Timer(usual / 4, run.hit, (who, how))
+            strike = threading.Timer(usual / 8, run.hit, (who, how))
 
             def watched(
                 *args: Any, seen: list = seen, original: Any = original, strike: Any = strike
@@ -110,6 +110,7 @@ def _mid_generate(folder: str, log_path: str, tp: int, cases: list[tuple[str, in
 
             run.engine.generate = watched  # type: ignore[method-assign]
             rollouts = run.sample()
+            strike.join()
             run.engine.generate = original  # type: ignore[method-assign]
             found.append((rollouts == undisturbed, seen, run.engine.num_starts))
         if cases[-1][0] == "keeper":

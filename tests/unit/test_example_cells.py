@@ -35,7 +35,7 @@ def test_it_is_a_sound_configuration(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     demo = tmp_path / "runs" / ("five_digits" if name == "curriculum" else "demo")
-    for folder in MADE:
+    for folder in (*MADE, "teacher/hf/step_400"):
         (demo / folder).mkdir(parents=True)
     for file in FILES:
         path = demo / file
