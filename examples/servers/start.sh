@@ -19,7 +19,8 @@ export VLLM_SERVER_DEV_MODE=1 VLLM_NO_USAGE_STATS=1 VLLM_HOST_IP=${VLLM_HOST_IP:
 
 if [ "$DEVICE" = cpu ]; then
   BACKEND=megatron_vopd_shm
-  EXTRA=(--enforce-eager)
+  # Seeded samples need prompts read whole here: vLLM cannot set a CPU's random state back.
+  EXTRA=(--enforce-eager --no-enable-chunked-prefill)
   export GLOO_SOCKET_IFNAME=lo VLLM_CPU_OMP_THREADS_BIND=${VLLM_CPU_OMP_THREADS_BIND:-nobind}
   export VLLM_CPU_KVCACHE_SPACE=${VLLM_CPU_KVCACHE_SPACE:-4}
 else

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[2]
 SAMPLING = Sampling(max_tokens=64, samples=2, seed=11, stop_ids=(STOP,))
 
 
-def _restarted(folder: str, log_path: str, tp: int) -> tuple[Any, float, int]:
+def _restarted(folder: str, log_path: str, tp: int, prompts: Any) -> tuple[Any, float, int]:
     """On a rank: rollouts of an engine and of its successor, and the gap to the trainer."""
     groups = enter(Case("tp1", Layout(1)))
     student = Student(folder, Case("tp1", Layout(1)), groups)
@@ -55,7 +55,7 @@ def _restarted(folder: str, log_path: str, tp: int) -> tuple[Any, float, int]:
                     probe=make_probe(VOCAB, tolerance=TOLERANCE),
                 )
                 assert report.attempts == 1
-            runs.append(engine.generate(make_prompts(16), SAMPLING))
+            runs.append(engine.generate(prompts, SAMPLING))
         finally:
             engine.close()
     gap, tokens = worst_gap(student, runs[0])
@@ -63,11 +63,23 @@ def _restarted(folder: str, log_path: str, tp: int) -> tuple[Any, float, int]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("tp", "name"), [(1, "qwen3-tied"), (2, "qwen3-tied"), (2, "qwen3_moe")])
-def test_a_restarted_engine_repeats_itself(tp: int, name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("tp", "name", "num_prompts", "longest"),
+    [
+        (1, "qwen3-tied", 16, 60),
+        (2, "qwen3-tied", 16, 60),
+        (2, "qwen3_moe", 16, 60),
+        (1, "qwen3-tied", 120, 150),  # more tokens than vLLM reads at a time
+    ],
+)
+def test_a_restarted_engine_repeats_itself(
+    tp: int, name: str, num_prompts: int, longest: int, tmp_path: Path
+) -> None:
     """Same seed, same prompts: the same ids and the same bits of every log-prob."""
     folder = MODELS[name].save(tmp_path)
-    ((runs, gap, tokens),) = spawn(_restarted, 1, str(folder), str(tmp_path / "engine.log"), tp)
+    prompts = make_prompts(num_prompts, longest)
+    log_path = str(tmp_path / "engine.log")
+    ((runs, gap, tokens),) = spawn(_restarted, 1, str(folder), log_path, tp, prompts)
     print(f"\ntp {tp} {name}: {tokens} tokens, largest gap {gap:.1e}")
     assert tokens >= 1000 and gap <= TOLERANCE
     assert [r.response_ids for r in runs[0]] == [r.response_ids for r in runs[1]]
