@@ -64,5 +64,5 @@ def test_all_stages_once_and_bars_that_are_not_met(tmp_path: Path) -> None:
     before = {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")}
     status, lines = _demo(out)
     assert status == demo.FAILED and len(before) == 4
-    assert sum(line.startswith("complete, ") for line in lines) == 5
+    assert sum(line.startswith("complete, ") for line in lines) == 6
     assert {path: path.stat().st_mtime_ns for path in out.glob("*/metrics.jsonl")} == before
