@@ -48,7 +48,9 @@ class MemoryFile:
         if len(self.room) < size:
             if os.fstat(self.fd).st_size < size:
                 os.ftruncate(self.fd, size)
-            self.room = torch.frombuffer(mmap.mmap(self.fd, size), dtype=torch.uint8)
+            flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
+            mapped = mmap.mmap(self.fd, size, flags=flags)
+            self.room = torch.frombuffer(mapped, dtype=torch.uint8)
         return self.room
 
     @property
