@@ -299,8 +299,8 @@ def plot(out: Path, results: dict[str, Any]) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    stages = results["stages"].values()
-    names = [name for name in list(BASELINES)[:-1] if all(name in found for found in stages)]
+    measured = results["stages"].values()
+    names = [name for name in list(BASELINES)[:-1] if all(name in found for found in measured)]
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
     for shift, (stage, found) in zip((-0.1, 0.1), results["stages"].items(), strict=False):
         values = np.array([found[name]["noise_ratio"] for name in names])
@@ -353,7 +353,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.student, options.teacher = make_tiny_models(work)
     init_single_process()
     torch.manual_seed(options.seed)
-    found: Found = {}
+    found: dict[str, Found] = {}
     started = time.perf_counter()
     for stage, bench in stages(options, student_groups(Layout(1))):
         gram_path = work / f"{stage}.npy"

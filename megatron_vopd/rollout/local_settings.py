@@ -88,14 +88,14 @@ class LocalSettings:
             arguments["transfer_backend"] = "ipc" if on_gpu else BACKEND
         if self.block_size is not None:
             arguments["block_size"] = self.block_size
-        if not on_gpu:
-            # What a part of a prompt has sampled is thrown away and its random state set back,
-            # which vLLM cannot do on a CPU: prompts are read whole.
-            arguments["enable_chunked_prefill"] = False
         if on_gpu:
             arguments["gpu_memory_utilization"] = self.memory_fraction
             arguments["enable_sleep_mode"] = True
             arguments["hf_overrides"] = {"head_dtype": "float32"}
+        else:
+            # What a part of a prompt has sampled is thrown away and its random state set back,
+            # which vLLM cannot do on a CPU: prompts are read whole.
+            arguments["enable_chunked_prefill"] = False
         return arguments
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:

@@ -154,3 +154,11 @@ def test_gpu_engines_have_one_gpu() -> None:
     one = LocalSettings("model", "log", 16, device="cuda", gpu="3")
     assert one.environment({})["CUDA_VISIBLE_DEVICES"] == "3"
     assert one.engine_arguments()["transfer_backend"] == "ipc"
+
+
+def test_prompts_are_read_whole_on_a_cpu() -> None:
+    """Seeded samples fail there otherwise; the real engine is in `test_engine_lifecycle`."""
+    on_cpu = LocalSettings("model", "log", 16, device="cpu").engine_arguments()
+    assert on_cpu["enable_chunked_prefill"] is False
+    on_gpu = LocalSettings("model", "log", 16, device="cuda").engine_arguments()
+    assert "enable_chunked_prefill" not in on_gpu
