@@ -13,25 +13,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from megatron_vopd import __version__
 from megatron_vopd.config import load_config
 from megatron_vopd.config.schema import Config
-from megatron_vopd.config.table import as_yaml, config_table_markdown
+from megatron_vopd.config.table import config_table_markdown
 from megatron_vopd.config.world import smallest_world
-from megatron_vopd.data import evaluation_problems
-from megatron_vopd.exit_code import FINAL, clear, exit_code, run_dir_of
-from megatron_vopd.memory_estimate import Kind, Machine, estimate
-from megatron_vopd.memory_table import largest_line, memory_lines, memory_notice
-from megatron_vopd.preflight import Findings, preflight
-from megatron_vopd.problems import ConfigError, Problem, shown
-from megatron_vopd.report import described, write_report
-from megatron_vopd.types import Layout, UserError
+from megatron_vopd.data.prompts import evaluation_problems
+from megatron_vopd.errors import ConfigError, Problem, UserError, shown
+from megatron_vopd.preflight.checks import preflight
+from megatron_vopd.preflight.show import print_config, print_memory, print_ranks
+from megatron_vopd.run.report import described, write_report
+from megatron_vopd.run.status import FINAL, clear, exit_code, run_dir_of
 
 OK, MISTAKE = 0, 2
-MAX_RANKS_SHOWN = 64
 
 _CHECK_HELP = """\
 Check a configuration without starting anything and without a GPU: every setting, the conditions
@@ -193,7 +189,7 @@ def _add_demo(commands: Any) -> None:
 
 def demo(options: argparse.Namespace) -> int:
     """Run the demo; told to stop in whatever way, it ends what it has started."""
-    from megatron_vopd.demo import DemoSettings, run_demo
+    from megatron_vopd.demo.demo import DemoSettings, run_demo
 
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler)
@@ -228,13 +224,13 @@ def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: f
         num_ranks, reason = _world_size(config, world_size)
     except ConfigError as error:
         return _report(error.problems)
-    _print_config(console, config)
+    print_config(console, config)
     findings = preflight(config, num_ranks)
     findings.problems += evaluation_problems(config)
     if findings.cuts:
-        _print_ranks(console, findings.cuts, num_ranks, reason)
+        print_ranks(console, findings.cuts, num_ranks, reason)
     if not findings.problems and findings.cuts.keys() == findings.facts.keys():
-        _print_memory(console, config, findings, gpu_memory)
+        print_memory(console, config, findings, gpu_memory)
     for notice in findings.notices:
         console.print(Text(f"note: {notice}"), soft_wrap=True)
     if findings.problems:
@@ -305,69 +301,6 @@ def _world_size(config: Config, given: int | None) -> tuple[int, str]:
         remedy = "set it to the number of ranks, unset it, or give --world-size"
         raise ConfigError([Problem("WORLD_SIZE", shown(text), "an integer >= 1", remedy)])
     return int(text), "WORLD_SIZE"
-
-
-def _print_config(console: Console, config: Config) -> None:
-    """One paragraph per section; settings that differ from the default are bold."""
-    for section in type(config).model_fields:
-        value = getattr(config, section)
-        models = value if isinstance(value, dict) else {"": value}
-        for name, model in models.items():
-            if model is None:
-                continue
-            line = Text(f"{section}.{name}" if name else section, style="cyan")
-            for key, field in type(model).model_fields.items():
-                setting = getattr(model, key)
-                changed = field.is_required() or setting != field.default
-                line.append(f"  {key}=", style="default")
-                line.append(as_yaml(setting), style="bold default" if changed else "default")
-            console.print(line, soft_wrap=not console.is_terminal)
-
-
-def _print_ranks(console: Console, cuts: dict[str, Layout], num_ranks: int, reason: str) -> None:
-    """A row per rank with its coordinates in every model's layout."""
-    console.print(Text(f"\n{num_ranks} ranks ({reason})"))
-    for key, layout in cuts.items():
-        console.print(Text(f"{key}: {layout}"))
-    axes = {
-        key: [axis for axis in ("tp", "pp", "dp", "cp", "ep") if _is_shown(layout, axis)]
-        for key, layout in cuts.items()
-    }
-    table = Table(box=None, pad_edge=False)
-    table.add_column("rank", justify="right")
-    for key in cuts:
-        for axis in axes[key]:
-            table.add_column(Text(f"{key} {axis}"), justify="right", no_wrap=True)
-    for rank in range(min(num_ranks, MAX_RANKS_SHOWN)):
-        row = [str(rank)]
-        for key, layout in cuts.items():
-            place = layout.coordinates(rank)
-            row += [str(getattr(place, axis)) for axis in axes[key]]
-        table.add_row(*row)
-    console.print(table)
-    if num_ranks > MAX_RANKS_SHOWN:
-        console.print(Text(f"... and {num_ranks - MAX_RANKS_SHOWN} more ranks"))
-
-
-def _print_memory(console: Console, config: Config, findings: Findings, gpu_memory: float) -> None:
-    """What the largest ranks need, and whether a GPU has it."""
-    on_cpu = config.parallel.device == "cpu"
-    kind: Kind = "cpu" if on_cpu else "local" if config.parallel.backend == "local" else "te"
-    machine = Machine(kind, gpu_memory * 1e9)
-    ranks = estimate(config, findings.facts, findings.cuts, machine)
-    console.print(Text("\nestimated memory, GiB; < marks the phase of the peak"))
-    for line in memory_lines(ranks):
-        console.print(Text(line), soft_wrap=True)
-    largest = max(ranks, key=lambda memory: memory.peak)
-    if not on_cpu:
-        console.print(Text(largest_line(largest, gpu_memory)), soft_wrap=True)
-    if not on_cpu and largest.peak > machine.memory:
-        notice = memory_notice(largest, gpu_memory)
-        console.print(Text(f"note: {notice}"), soft_wrap=True)
-
-
-def _is_shown(layout: Layout, axis: str) -> bool:
-    return axis in ("tp", "pp", "dp") or getattr(layout, axis) > 1
 
 
 if __name__ == "__main__":

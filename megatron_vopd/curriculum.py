@@ -18,8 +18,6 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any, Protocol
 
-from megatron_vopd.config.method import CurriculumSection
-
 
 class Curriculum(Protocol):
     """What training asks of a curriculum.
@@ -330,18 +328,3 @@ def _metrics(stage: int, max_response_tokens: int, entropy: float | None) -> dic
         "curriculum/max_response_tokens": max_response_tokens,
     }
     return result if entropy is None else {**result, "curriculum/entropy": entropy}
-
-
-def build_curriculum(section: CurriculumSection) -> Curriculum:
-    """The curriculum that the configuration asks for."""
-    if section.kind == "fixed":
-        return FixedLength(section.ladder)
-    if section.kind == "linear":
-        return LinearLength(section.ladder, section.interval)
-    return EntropyGatedLength(
-        section.ladder,
-        section.min_entropy,
-        section.min_entropy_fraction,
-        section.interval,
-        section.ema,
-    )

@@ -8,7 +8,7 @@ weight is in `Coefficients`; an objective is a row of OBJECTIVES, a baseline a r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from megatron_vopd.ops.fields import Coefficients, DistillStats
-from megatron_vopd.types import LOSS_CHUNK
+from megatron_vopd.types import LOSS_CHUNK, Rollout
 
 
 @dataclass(frozen=True)
@@ -240,3 +240,22 @@ def coefficients(
         gate = (stats.teacher_entropy_T > settings.entropy_gate).to(result.forward.dtype)
         result = replace(result, forward=result.forward + gate)
     return result
+
+
+def group_advantages(rollouts: Sequence[Rollout], grades: Sequence[float]) -> list[float]:
+    """(grade - mean) / standard deviation over the samples of the same prompt; 0 where all agree.
+
+    The deviation is the population's, so that the advantages of a group have variance one.
+    """
+    groups: dict[str, list[float]] = {}
+    for rollout, grade in zip(rollouts, grades, strict=True):
+        groups.setdefault(rollout.prompt.prompt_id, []).append(grade)
+    moments = {}
+    for prompt_id, values in groups.items():
+        mean = sum(values) / len(values)
+        moments[prompt_id] = mean, math.sqrt(sum((v - mean) ** 2 for v in values) / len(values))
+    advantages = []
+    for rollout, grade in zip(rollouts, grades, strict=True):
+        mean, deviation = moments[rollout.prompt.prompt_id]
+        advantages.append((grade - mean) / deviation if deviation > 1e-9 else 0.0)
+    return advantages

@@ -26,18 +26,14 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
-from megatron_vopd.assembly import assemble, longest_wait_seconds, resolved_device
+from megatron_vopd.collectives import StopFlag, in_step, is_first_to_tell
 from megatron_vopd.config import Config, load_config
-from megatron_vopd.dry_run import RandomEngine, at_full_length, rehearse
-from megatron_vopd.grading import GradingError
-from megatron_vopd.guard import SkipLimitError
-from megatron_vopd.hf_folder import read_model_folder
-from megatron_vopd.hub import local_model_folder
-from megatron_vopd.parallel import in_step, init_world, is_first_to_tell
-from megatron_vopd.rollout.engine import EngineError
-from megatron_vopd.run_loop import ending_noted, train
-from megatron_vopd.stopping import StopFlag
-from megatron_vopd.types import UserError
+from megatron_vopd.errors import EngineError, GradingError, SkipLimitError, UserError
+from megatron_vopd.megatron.groups import init_world
+from megatron_vopd.run.build import assemble
+from megatron_vopd.run.dry_run import dry_run
+from megatron_vopd.run.loop import ending_noted, train
+from megatron_vopd.run.start import longest_wait_seconds, resolved_device
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 # What gloo, nccl and the store say when a rank does not take part.
@@ -144,17 +140,7 @@ def _train(config: Config, device: str) -> int:
 
 
 def _dry_run(config: Config, device: str) -> int:
-    config = at_full_length(config)
-    folder = local_model_folder(config.student.path, "student.path", weights=False)
-    vocab_size = read_model_folder(folder).facts.vocab_size
-    engine = RandomEngine(vocab_size)
-    run = assemble(config, device, engine)
-    try:
-        lines = rehearse(run, engine)
-    finally:
-        run.close()
-    if dist.get_rank() == 0:
-        print("\n".join(lines))
+    dry_run(config, device)
     return OK
 
 

@@ -15,19 +15,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from megatron_vopd.errors import LayoutError
+
 # Response tokens whose logits exist at a time, of both models.
 LOSS_CHUNK = 4096
-
-
-class UserError(ValueError):
-    """A mistake of the user: one line that says what, where, expected and the remedy.
-
-    Commands print it without a traceback and exit with status 2.
-    """
-
-
-class LayoutError(UserError):
-    """A parallel layout that the world or the model cannot be divided into."""
 
 
 def divisors(number: int) -> list[int]:
@@ -150,3 +141,8 @@ class Rollout:
     rollout_logprobs: tuple[float, ...] | None
     finish_reason: FinishReason
     policy_version: int
+
+
+def is_local_path(text: str) -> bool:
+    """Whether `text` is a path by its beginning (otherwise a hub id, or a mistake)."""
+    return text.startswith(("/", "./", "../", "~"))

@@ -1,10 +1,12 @@
-"""What keeps the code small and its layers apart. There is no list of exemptions."""
+"""What keeps the code small and its packages apart (docs/how/architecture.md). Nobody is exempt."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,72 +14,66 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "megatron_vopd"
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_SECTION_FIELDS = 400, 60, 15
+MAX_TOP_LEVEL_MODULES, MAX_ROOMS, MAX_EDGES, MAX_CONFIG_READERS = 9, 20, 80, 20
 
-# A module may import its own layer and the layers below it. A folder counts as one module.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("types", "problems", "config"),
-    ("model_facts", "hf_folder", "preflight", "ops", "objectives", "hub", "stop_ids"),
-    ("publish", "model_files", "inert_pickle", "checkpoint_values", "checkpoint_format"),
-    ("response_file", "state_cache"),
-    ("cpu_runtime", "parallel", "vocab_parallel"),
-    ("attention", "hf_mapping", "model", "hf_io", "checkpoint", "publish_together"),
-    ("records", "record_fields", "prompt_stream"),
-    ("rollout", "packing", "data", "curriculum", "metrics", "metrics_file", "run_log", "report"),
-    ("grading_worker", "grading", "final_answer", "responses"),
-    ("model_source", "checkpoint_model", "hf_import", "hf_export", "conversion_check"),
-    ("activation_memory",),
-    ("memory_estimate",),
-    ("memory_table", "settings", "sharing", "guard"),
-    ("stopping",),
-    ("collector", "forward", "student", "weight_sync", "evaluation"),
-    ("teacher",),
-    ("loss", "scoring", "cached_states"),
-    ("optimizer_state", "random_state", "run_folder", "run_resume", "run_identity"),
-    ("run_engine", "run_sources", "run_caches"),
-    ("trainer", "student_export", "teacher_responses", "exit_code"),
-    ("run_checkpoint",),
-    ("run_start",),
-    ("assembly",),
-    ("dry_run",),
-    ("run_loop",),
-    ("demo_data", "demo_models", "demo_stages", "demo_report"),
-    ("demo",),
-    ("train", "cli", "tool_cli"),
+# A room is a package, or a module at the front door. It imports strictly lower floors only.
+FLOORS: tuple[tuple[str, ...], ...] = (
+    ("errors", "ops", "curriculum"),
+    ("types", "collectives", "files", "vocab_parallel"),
+    ("objectives", "hf", "config"),
+    ("data", "megatron", "preflight"),
+    ("rollout", "checkpoint"),
+    ("trainer",),
+    ("run",),
+    ("train", "demo"),
+    ("cli",),
 )
-LAYER_OF = {module: level for level, modules in enumerate(LAYERS) for module in modules}
+FLOOR_OF = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
-# Heavy packages, and calls between ranks, are for the named modules only.
-FENCES: dict[str, set[str]] = {
-    "megatron.core": {
-        "parallel",
-        "model",
-        "attention",
-        "hf_io",
-        "checkpoint",
-        "forward",
-        "student",
-        "optimizer_state",
-        "random_state",
-        "loss",
-        "cpu_runtime",
-    },
-    "megatron.training": set(),
-    "vllm": {"rollout"},
-    "datasets": {"records"},
-    "math_verify": {"grading_worker"},
-    "torch.utils.tensorboard": {"run_log"},
-    "wandb": {"run_log"},
-    "transformers": {"data", "hf_io", "model", "conversion_check", "demo_models"},
+# What a room may import; every room may import errors and types.
+ALLOWED: dict[str, str] = {
+    "errors": "",
+    "ops": "",
+    "curriculum": "",
+    "types": "",
+    "collectives": "",
+    "files": "",
+    "vocab_parallel": "ops",
+    "objectives": "ops",
+    "hf": "files",
+    "config": "",
+    "data": "hf config",
+    "preflight": "hf config",
+    "megatron": "hf config vocab_parallel collectives",
+    "rollout": "megatron hf collectives",
+    "checkpoint": "megatron hf files collectives",
+    "trainer": "rollout megatron data files objectives vocab_parallel curriculum ops collectives",
+    "run": "trainer rollout checkpoint megatron data preflight hf config objectives curriculum "
+    "files collectives",
+    "demo": "run rollout data files",
+    "train": "run megatron config collectives",
+    "cli": "run demo preflight data config",
 }
-COLLECTIVE_MODULES = {
+
+# Heavy packages, and calls between ranks, are for the named places only.
+FENCES: dict[str, tuple[str, ...]] = {
+    "megatron.core": ("megatron", "checkpoint"),
+    "megatron.training": (),
+    "vllm": ("rollout",),
+    "datasets": ("data",),
+    "math_verify": ("data/grading_worker",),
+    "torch.utils.tensorboard": ("run/log",),
+    "wandb": ("run/log",),
+    "transformers": ("data", "hf", "megatron", "checkpoint/convert", "demo"),
+}
+COLLECTIVE_PLACES = (
+    "collectives",
     "vocab_parallel",
-    "parallel",
-    "teacher",
-    "sharing",
-    "metrics",
-    "weight_sync",
-    "checkpoint",
-}
+    "megatron/groups",
+    "megatron/teacher",
+    "trainer/exchange",
+    "trainer/metrics",
+)
 COLLECTIVES = {
     "all_gather",
     "all_gather_into_tensor",
@@ -104,16 +100,24 @@ SOURCES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
 
 
-def module_of(path: Path) -> str:
-    """The name under which LAYERS knows a file: its own, or that of its folder in the package."""
-    parts = path.relative_to(PACKAGE).with_suffix("").parts
-    return parts[0]
+def place_of(path: Path) -> str:
+    """The path of a file within the package, without its ending: `run/log`."""
+    return path.relative_to(PACKAGE).with_suffix("").as_posix()
 
 
-def imported_modules(tree: ast.AST) -> set[str]:
+def room_of(path: Path) -> str:
+    return place_of(path).partition("/")[0]
+
+
+@functools.cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+def imported_modules(path: Path) -> set[str]:
     """Dotted names of everything that is imported anywhere in a file."""
     names = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -121,45 +125,83 @@ def imported_modules(tree: ast.AST) -> set[str]:
     return names
 
 
+def imported_rooms(path: Path) -> set[str]:
+    """The other rooms of the package that a file imports."""
+    ours = {name for name in imported_modules(path) if is_under(name, "megatron_vopd")}
+    rooms = {name.split(".")[1] for name in ours if "." in name}
+    return rooms - {room_of(path), "__version__", "_C"}
+
+
 def is_under(name: str, package: str) -> bool:
     return name == package or name.startswith(package + ".")
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def is_at(place: str, allowed: tuple[str, ...]) -> bool:
+    return any(place == one or place.startswith(one + "/") for one in allowed)
+
+
+def functions(path: Path) -> Iterator[ast.FunctionDef | ast.AsyncFunctionDef]:
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=place_of)
 def test_imports_point_down(path: Path) -> None:
-    module = module_of(path)
-    if module == "__init__":
+    room = room_of(path)
+    if room == "__init__":
+        assert not imported_modules(path)
         return
-    assert module in LAYER_OF, f"{module} has no layer: add it to LAYERS"
-    for name in imported_modules(ast.parse(path.read_text())):
-        if is_under(name, "megatron_vopd") and name != "megatron_vopd":
-            target = name.split(".")[1]
-            if target in ("__version__", "_C"):
-                continue
-            assert LAYER_OF[target] <= LAYER_OF[module], f"{module} imports {target} above it"
+    assert room in FLOOR_OF, f"{room} has no floor: add it to FLOORS and ALLOWED"
+    allowed = {"errors", "types", *ALLOWED[room].split()}
+    for other in sorted(imported_rooms(path)):
+        assert FLOOR_OF[other] < FLOOR_OF[room], f"{room} imports {other}, which is not below it"
+        assert other in allowed, f"{room} may import {sorted(allowed)}, not {other}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_the_house_is_small() -> None:
+    rooms = {room_of(path) for path in SOURCES} - {"__init__"}
+    edges = {(room_of(path), room) for path in SOURCES for room in imported_rooms(path)}
+    assert rooms == set(FLOOR_OF) == set(ALLOWED)
+    assert len(rooms) <= MAX_ROOMS and len(FLOORS) <= 9
+    assert len(edges) <= MAX_EDGES, f"{len(edges)} edges"
+    assert len(list(PACKAGE.glob("*.py"))) <= MAX_TOP_LEVEL_MODULES
+
+
+def test_few_functions_take_a_whole_config() -> None:
+    readers = [
+        f"{place_of(path)}.{function.name}"
+        for path in SOURCES
+        if room_of(path) != "config"
+        for function in functions(path)
+        for argument in (*function.args.args, *function.args.kwonlyargs)
+        if argument.annotation is not None and ast.unparse(argument.annotation) == "Config"
+    ]
+    assert len(readers) <= MAX_CONFIG_READERS, f"{len(readers)}: {readers}"
+    places = {reader.partition(".")[0] for reader in readers}
+    assert all(is_at(place, ("preflight", "run", "train", "cli")) for place in places), places
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=place_of)
 def test_fences(path: Path) -> None:
-    module, tree = module_of(path), ast.parse(path.read_text())
-    for name in imported_modules(tree):
+    place = place_of(path)
+    for name in imported_modules(path):
         for package, allowed in FENCES.items():
-            assert not is_under(name, package) or module in allowed, f"{module} imports {name}"
-    if module not in COLLECTIVE_MODULES:
-        for node in ast.walk(tree):
+            fine = not is_under(name, package) or is_at(place, allowed)
+            assert fine, f"{place} imports {name}"
+    if not is_at(place, COLLECTIVE_PLACES):
+        for node in ast.walk(tree_of(path)):
             if isinstance(node, ast.Attribute) and node.attr in COLLECTIVES:
                 owner = ast.unparse(node.value)
-                assert owner not in ("dist", "torch.distributed"), f"{module}: {owner}.{node.attr}"
+                assert owner not in ("dist", "torch.distributed"), f"{place}: {owner}.{node.attr}"
 
 
 @pytest.mark.parametrize("path", [*SOURCES, *TOOLS], ids=lambda p: str(p.relative_to(ROOT)))
 def test_size_caps(path: Path) -> None:
-    text = path.read_text()
-    assert len(text.splitlines()) <= MAX_FILE_LINES
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            lines = (node.end_lineno or 0) - node.lineno + 1
-            assert lines <= MAX_FUNCTION_LINES, f"{node.name}: {lines} lines"
+    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+    for function in functions(path):
+        lines = (function.end_lineno or 0) - function.lineno + 1
+        assert lines <= MAX_FUNCTION_LINES, f"{function.name}: {lines} lines"
 
 
 def test_config_sections_are_small() -> None:
@@ -170,8 +212,25 @@ def test_config_sections_are_small() -> None:
         assert len(fields) <= MAX_SECTION_FIELDS, f"section {name}: {len(fields)} fields"
 
 
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("__init__.py")), ids=place_of)
+def test_packages_hold_one_line_and_import_nothing(path: Path) -> None:
+    if room_of(path) in ("__init__", "config"):
+        return
+    assert ast.get_docstring(tree_of(path)) and len(tree_of(path).body) == 1
+
+
 @pytest.mark.parametrize(
-    "module", ["objectives", "config", "hf_mapping", "model_facts", "data", "metrics", "report"]
+    "module",
+    [
+        "objectives",
+        "curriculum",
+        "config",
+        "hf.mapping",
+        "hf.facts",
+        "data.prompts",
+        "trainer.metrics",
+        "run.report",
+    ],
 )
 def test_pure_modules_import_nothing_heavy(module: str) -> None:
     code = (

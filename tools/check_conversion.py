@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vopd.tool_cli import (
+from megatron_vopd.run.terminal import (
     DIFFERENT,
     DTYPE_NAMES,
     OK,
@@ -49,9 +49,10 @@ def check(options: argparse.Namespace) -> int:
     from rich.table import Table
     from torch.distributed import get_world_size
 
-    from megatron_vopd import conversion_check
-    from megatron_vopd.parallel import student_groups
-    from megatron_vopd.types import Layout, LayoutError
+    from megatron_vopd.checkpoint.convert import compare as conversion_check
+    from megatron_vopd.errors import LayoutError
+    from megatron_vopd.megatron.groups import student_groups
+    from megatron_vopd.types import Layout
 
     if get_world_size() != 1:
         raise LayoutError("check_conversion runs in one process; start it without torchrun")

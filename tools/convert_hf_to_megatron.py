@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vopd.tool_cli import (
+from megatron_vopd.run.terminal import (
     DTYPE_NAMES,
     OK,
     ProgressBars,
@@ -45,8 +45,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def convert(options: argparse.Namespace) -> int:
     from torch.distributed import get_world_size
 
-    from megatron_vopd.hf_import import hf_to_megatron
-    from megatron_vopd.parallel import student_groups
+    from megatron_vopd.checkpoint.convert.to_megatron import hf_to_megatron
+    from megatron_vopd.megatron.groups import student_groups
     from megatron_vopd.types import Layout
 
     layout = Layout(get_world_size(), tp=options.tp, pp=options.pp, ep=options.ep)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vopd.tool_cli import (
+from megatron_vopd.run.terminal import (
     DTYPE_NAMES,
     OK,
     ProgressBars,
@@ -54,8 +54,8 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 def convert(options: argparse.Namespace) -> int:
     from torch.distributed import get_world_size
 
-    from megatron_vopd.hf_export import megatron_to_hf
-    from megatron_vopd.parallel import student_groups
+    from megatron_vopd.checkpoint.convert.to_hf import megatron_to_hf
+    from megatron_vopd.megatron.groups import student_groups
     from megatron_vopd.types import Layout
 
     groups = student_groups(Layout(get_world_size()))

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_vopd.tool_cli import DIFFERENT, MISTAKE, OK, tool_parser
+from megatron_vopd.run.terminal import DIFFERENT, MISTAKE, OK, tool_parser
 
 SUMMARY = """\
 Sample responses of a model to prompts with vLLM, and write them as JSONL that a run trains on:
@@ -84,10 +84,10 @@ def local(text: str) -> str:
 def run(options: argparse.Namespace) -> int:
     import torch
 
-    from megatron_vopd.response_file import ResponseFile
-    from megatron_vopd.rollout.engine import EngineError
-    from megatron_vopd.rollout.progress import progress_bar
-    from megatron_vopd.teacher_responses import Job, generate, make_engine, plan, require_vllm
+    from megatron_vopd.errors import EngineError
+    from megatron_vopd.files.response_file import ResponseFile
+    from megatron_vopd.run.teacher_responses import Job, generate, make_engine, plan, require_vllm
+    from megatron_vopd.run.terminal import progress_bar
 
     has_gpu = torch.cuda.is_available()
     device = options.device if options.device != "auto" else "cuda" if has_gpu else "cpu"
@@ -123,7 +123,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    from megatron_vopd.types import UserError
+    from megatron_vopd.errors import UserError
 
     try:
         return run(options)

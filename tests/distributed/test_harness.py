@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tests.distributed import harness
-from tests.distributed.harness import spawn
+from tests.support import harness
+from tests.support.harness import spawn
 
 
 def _total() -> tuple[int, float]:

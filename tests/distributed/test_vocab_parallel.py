@@ -8,8 +8,8 @@ import torch
 from megatron_vopd import objectives
 from megatron_vopd.ops import reference
 from megatron_vopd.ops.autograd import STATISTICS
-from tests.distributed import vocab_cases as cases
-from tests.distributed.harness import spawn
+from tests.support import vocab_cases as cases
+from tests.support.harness import spawn
 
 V, T, K = 203, 12, 9
 

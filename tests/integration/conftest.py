@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.distributed import harness
+from tests.support import harness
 
 
 @pytest.fixture

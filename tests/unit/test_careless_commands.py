@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from megatron_vopd.cli import main
-from tests.unit.check_cases import make_workplace, run_check
+from tests.support.check_cases import make_workplace, run_check
 
 MISTAKE = 2
 

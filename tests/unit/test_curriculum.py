@@ -10,13 +10,8 @@ from typing import Any
 import pytest
 
 from megatron_vopd.config.method import CurriculumSection
-from megatron_vopd.curriculum import (
-    Curriculum,
-    EntropyGatedLength,
-    FixedLength,
-    LinearLength,
-    build_curriculum,
-)
+from megatron_vopd.curriculum import Curriculum, EntropyGatedLength, FixedLength, LinearLength
+from megatron_vopd.run.build import build_curriculum
 
 LADDER = (128, 256, 512, 1024)
 

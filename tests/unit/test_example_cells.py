@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from megatron_vopd.config import load_config
-from megatron_vopd.settings import objective_of
+from megatron_vopd.run.build import objective_of
+from tests.support import ROOT
 
-CELLS = Path(__file__).parents[2] / "examples" / "arithmetic" / "cells"
+CELLS = ROOT / "examples" / "arithmetic" / "cells"
 # Name -> where responses come from, objective.
 EXPECTED = {
     "student_forward": ("student", "forward"),

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from megatron_vopd.cli import main
 from megatron_vopd.config import load_config
 from megatron_vopd.config.world import layouts
-from megatron_vopd.hf_folder import read_model_folder
-from megatron_vopd.memory_estimate import Machine, estimate
+from megatron_vopd.hf.folder import read_model_folder
+from megatron_vopd.preflight.memory import Machine, estimate
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[2]
 MODELS = ROOT / "tests" / "fixtures" / "models"
 # ranks; the models by the hub ids in the configuration
 EXAMPLES = {

@@ -1,0 +1,1 @@
+"""Sharded training state on disk, read without unpickling."""

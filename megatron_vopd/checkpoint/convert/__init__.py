@@ -1,0 +1,1 @@
+"""Conversion between HuggingFace folders and Megatron checkpoints, and its check."""

@@ -1,0 +1,1 @@
+"""Records to prompts, given responses, stop ids, and the grading of answers."""

@@ -1,0 +1,262 @@
+"""Prompts as token ids: reading, rendering, leaving out what is too long, holding out.
+
+The student's tokenizer and chat template render every prompt; teachers score the same ids. What is
+missing, of a wrong type or empty is refused by the name of its record.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, cast
+
+from megatron_vopd.config.schema import Config, StudentSection
+from megatron_vopd.data.records import (
+    EVALUATION_SPLITS,
+    TRAINING_SPLITS,
+    Conversation,
+    DataError,
+    Record,
+    answer_of,
+    conversation_of,
+    read_records,
+    teacher_of,
+)
+from megatron_vopd.data.stream import PromptStream, split_held_out
+from megatron_vopd.errors import Problem, shown
+from megatron_vopd.hf.hub import local_model_folder
+from megatron_vopd.types import Prompt, is_local_path
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_BATCH = 1000
+_COPY_TOKENIZER = "copy the tokenizer files of the model into its folder"
+_MAX_TEMPLATE_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """Text or chat messages to token ids, the same way everywhere in a run.
+
+    Attributes:
+        tokenizer: the student's.
+        template: Jinja text; None: plain text, with the special tokens that the tokenizer adds.
+        thinking: `enable_thinking` of the template.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    template: str | None
+    thinking: bool
+    _pool: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, student: StudentSection) -> PromptTokenizer:
+        """Of the student's section; raises DataError for a model without tokenizer or template."""
+        from transformers import AutoTokenizer
+
+        folder = local_model_folder(student.path, "student.path", weights=False)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(
+                folder, trust_remote_code=False, local_files_only=True
+            )
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            got = f"no usable tokenizer ({shown(str(error))})"
+            remedy = _COPY_TOKENIZER
+            raise DataError("student.path", got, "a model with a fast tokenizer", remedy) from None
+        # What transformers makes of a folder without tokenizer.json.
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):
+            got, expected = "an empty tokenizer", "a model with its tokenizer"
+            raise DataError("student.path", got, expected, _COPY_TOKENIZER)
+        template = _template(student.chat_template, tokenizer)
+        return cls(tokenizer, template, student.thinking)
+
+    def rendered(self, conversation: Conversation, where: str) -> str:
+        """The text whose ids the models see; `where` names the record in a DataError."""
+        from jinja2 import TemplateError
+
+        if self.template is None:
+            if isinstance(conversation, str):
+                return conversation
+            remedy = "set student.chat_template=tokenizer"
+            raise DataError(where, "chat messages", "text, as there is no chat template", remedy)
+        if isinstance(conversation, str):
+            conversation = [{"role": "user", "content": conversation}]
+        try:
+            text = self.tokenizer.apply_chat_template(
+                conversation,
+                chat_template=self.template,
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=self.thinking,
+            )
+        except (TemplateError, ArithmeticError, LookupError, TypeError, ValueError) as error:
+            got = f"a chat that the template refuses ({shown(str(error))})"
+            remedy = "correct the messages, or give another student.chat_template"
+            raise DataError(where, got, "messages that it can render", remedy) from None
+        return cast(str, text)
+
+    def encoded(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of rendered prompts."""
+        plain = self.template is None
+        batch = self.tokenizer(list(texts), add_special_tokens=plain, verbose=False)
+        return cast(list[list[int]], batch["input_ids"])
+
+    def prompt_ids(self, records: Sequence[Record], config: Config) -> list[tuple[int, ...]]:
+        """Token ids of the records' prompts; raises DataError naming the record."""
+        name = config.data.prompt_field
+        texts = [
+            self.rendered(conversation_of(record, name), f"{record.name} {name}")
+            for record in records
+        ]
+        rows = self.encoded(texts)
+        for record, ids in zip(records, rows, strict=True):
+            if not ids:
+                where = f"{record.name} {name}"
+                raise DataError(where, "no tokens", "a prompt", "remove the record")
+        return [self.shared(ids) for ids in rows]
+
+    def shared(self, ids: Sequence[int]) -> tuple[int, ...]:
+        """`ids` with one object per id and not one per token: 8 bytes a token instead of 36."""
+        return tuple([self._pool.setdefault(i, i) for i in ids])
+
+    def encoded_response(self, text: str) -> list[int]:
+        """Token ids of a response that follows a prompt: no special tokens are added."""
+        ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+        return cast(list[int], ids)
+
+    def decoded(self, ids: Sequence[int]) -> str:
+        """The text of a response, without special tokens: what is graded."""
+        return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+def _template(choice: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    key = "student.chat_template"
+    if choice == "none":
+        return None
+    if choice != "tokenizer":
+        try:
+            with open(choice, encoding="utf-8") as file:
+                text = file.read(_MAX_TEMPLATE_BYTES + 1)
+        except (OSError, UnicodeDecodeError) as error:
+            remedy = "check the path and the file"
+            raise DataError(key, shown(str(error)), "a readable Jinja file", remedy) from None
+        if not text.strip() or len(text) > _MAX_TEMPLATE_BYTES:
+            got = "an empty file" if not text.strip() else f"{shown(choice)}, more than 1 MiB"
+            raise DataError(key, got, "a Jinja file", "set student.chat_template=tokenizer")
+        return text
+    template = tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not isinstance(template, str):
+        remedy = "set student.chat_template=none for plain text, or give the path of a Jinja file"
+        raise DataError(key, "a tokenizer without a chat template", "one with it", remedy)
+    return template
+
+
+def batches(records: Iterator[Record]) -> Iterator[list[Record]]:
+    """Records in portions that are tokenized at once."""
+    while batch := list(itertools.islice(records, _BATCH)):
+        yield batch
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What was read: prompts in the order of the data, and how many were longer than allowed."""
+
+    prompts: list[Prompt]
+    num_too_long: int
+
+
+def load_prompts(
+    path: str,
+    key: str,
+    config: Config,
+    tokenizer: PromptTokenizer,
+    evaluation: bool = False,
+) -> Prompts:
+    """The prompts at `path`.
+
+    Args:
+        key: the setting that holds `path`, for messages.
+        evaluation: take the test split, and require a reference answer.
+
+    Raises:
+        DataError: a record that cannot be used, or no prompt left.
+    """
+    splits = EVALUATION_SPLITS if evaluation else TRAINING_SPLITS
+    needs_answer = evaluation or config.objective.task_reward_weight > 0
+    prompts: list[Prompt] = []
+    num_records = 0
+    for batch in batches(read_records(path, key, splits)):
+        num_records += len(batch)
+        for record, ids in zip(batch, tokenizer.prompt_ids(batch, config), strict=True):
+            if len(ids) <= config.data.max_prompt_tokens:
+                answer = answer_of(record, config.data.answer_field, needs_answer)
+                # No teacher scores what is evaluated.
+                teacher = "teacher" if evaluation else teacher_of(record, config)
+                prompts.append(Prompt(record.name, ids, answer, teacher))
+    if not prompts:
+        longest = config.data.max_prompt_tokens
+        got = f"{num_records or 'no'} records"
+        got += f", all longer than {longest} tokens" if num_records else ""
+        remedy = "raise data.max_prompt_tokens" if num_records else "give a file with records"
+        raise DataError(key, got, "at least one prompt", remedy)
+    return Prompts(prompts, num_records - len(prompts))
+
+
+@dataclass(frozen=True)
+class TrainingPrompts:
+    """The stream that training draws from, and the prompts that it never sees."""
+
+    stream: PromptStream[Prompt]
+    held_out: list[Prompt]
+    num_too_long: int
+
+
+def load_training_prompts(config: Config, tokenizer: PromptTokenizer) -> TrainingPrompts:
+    """`data.train`, with prompts held out when the curriculum measures entropy on them."""
+    if config.data.train is None:
+        raise DataError("data.train", "nothing", "prompts", "set it to a path or hub id")
+    read = load_prompts(config.data.train, "data.train", config, tokenizer)
+    gated = config.curriculum.kind == "entropy_gated"
+    num_held_out = config.curriculum.held_out_prompts if gated else 0
+    training, held_out = split_held_out(read.prompts, num_held_out, config.run.seed)
+    return TrainingPrompts(PromptStream(training, config.run.seed), held_out, read.num_too_long)
+
+
+def evaluation_paths(evaluation: str | dict[str, str] | None) -> dict[str, str]:
+    """Task name -> path of `data.evaluation`; a single path is named after its file or hub id."""
+    if evaluation is None or isinstance(evaluation, dict):
+        return dict(evaluation or {})
+    name = os.path.basename(evaluation.rstrip("/"))
+    return {name.removesuffix(".jsonl").removesuffix(".parquet") or "evaluation": evaluation}
+
+
+def evaluation_problems(config: Config) -> list[Problem]:
+    """The first mistake in each local data set of `data.evaluation`, without a tokenizer."""
+    problems = []
+    for task, path in evaluation_paths(config.data.evaluation).items():
+        if not (config.evaluates and is_local_path(path)):
+            continue
+        key, is_empty = f"data.evaluation.{task}", True
+        try:
+            for record in read_records(path, key, EVALUATION_SPLITS):
+                conversation_of(record, config.data.prompt_field)
+                answer_of(record, config.data.answer_field, True)
+                is_empty = False
+            if is_empty:
+                raise DataError(key, "no records", "at least one problem", "give a file with some")
+        except DataError as error:
+            problems.append(error.problem)
+    return problems
+
+
+def load_evaluation_prompts(config: Config, tokenizer: PromptTokenizer) -> dict[str, Prompts]:
+    """The problems of each task of `data.evaluation`, every one with its reference answer."""
+    return {
+        task: load_prompts(path, f"data.evaluation.{task}", config, tokenizer, evaluation=True)
+        for task, path in evaluation_paths(config.data.evaluation).items()
+    }

@@ -1,0 +1,1 @@
+"""`vopd demo`: small models trained, distilled and checked from nothing."""

@@ -1,0 +1,1 @@
+"""Files, folders and logs that are on disk whole or not at all."""

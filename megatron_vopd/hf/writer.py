@@ -1,0 +1,128 @@
+"""A HuggingFace folder, written file by file: planned sizes, safetensors headers, text files."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from megatron_vopd.files.atomic_folder import Staging
+from megatron_vopd.hf.facts import ModelFacts
+from megatron_vopd.hf.mapping import Unit, hf_shape, model_units
+from megatron_vopd.hf.source import (
+    ModelSource,
+    carried_content,
+    read_text_part,
+)
+from megatron_vopd.hf.tensors import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    as_bytes,
+    dtype_name,
+)
+
+MAX_FILE_BYTES = 5 * 10**9
+
+
+_DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+
+
+@dataclass(frozen=True)
+class FilePlan:
+    """One safetensors file: its name and the units whose tensors it holds."""
+
+    name: str
+    units: tuple[Unit, ...]
+
+    def shapes(self, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+        names = [name for unit in self.units for name in unit.hf_names()]
+        return {name: hf_shape(name, facts) for name in names}
+
+
+def plan_files(facts: ModelFacts, item_size: int, max_bytes: int) -> list[FilePlan]:
+    """Cut the model, in HF's order, into files of at most `max_bytes` (a unit is never cut)."""
+    groups: list[list[Unit]] = [[]]
+    filled = 0
+    for unit in model_units(facts):
+        size = sum(math.prod(hf_shape(name, facts)) for name in unit.hf_names()) * item_size
+        if groups[-1] and filled + size > max_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(unit)
+        filled += size
+    if len(groups) == 1:
+        return [FilePlan(SINGLE_NAME, tuple(groups[0]))]
+    total = len(groups)
+    return [
+        FilePlan(f"model-{number:05d}-of-{total:05d}.safetensors", tuple(units))
+        for number, units in enumerate(groups, 1)
+    ]
+
+
+def header_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
+    """Length and header of a safetensors file whose tensors follow in this order."""
+    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, shape in shapes.items():
+        size = math.prod(shape) * dtype.itemsize
+        header[name] = {
+            "dtype": _DTYPE_CODES[dtype],
+            "shape": list(shape),
+            "data_offsets": [at, at + size],
+        }
+        at += size
+    text = json.dumps(header, separators=(",", ":")).encode("ascii")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def num_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
+    return sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
+
+
+def write_file(
+    staging: Staging,
+    plan: FilePlan,
+    facts: ModelFacts,
+    dtype: torch.dtype,
+    tensors: Iterator[tuple[str, Tensor]],
+) -> None:
+    shapes = plan.shapes(facts)
+    with staging.create(plan.name) as out:
+        out.write(header_bytes(shapes, dtype))
+        for expected in shapes:
+            name, tensor = next(tensors)
+            assert name == expected, (name, expected)
+            values = tensor.cpu().contiguous()
+            out.write(as_bytes(values).numpy())
+            out.hold(values)
+
+
+def finish_folder(
+    staging: Staging,
+    files: list[FilePlan],
+    facts: ModelFacts,
+    dtype: torch.dtype,
+    source_dir: Path,
+) -> None:
+    """Index where there are several files, config, tokenizer, generation config."""
+    shapes = {file.name: file.shapes(facts) for file in files}
+    if len(files) > 1:
+        placed = {name: file for file, names in shapes.items() for name in names}
+        total = sum(num_bytes(names, dtype) for names in shapes.values())
+        index = {"metadata": {"total_size": total}, "weight_map": placed}
+        staging.write(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode("ascii"))
+    for name, content in text_files(source_dir, dtype):
+        staging.write(name, content)
+
+
+def text_files(source_dir: Path, dtype: torch.dtype) -> list[tuple[str, bytes]]:
+    """Config, tokenizer and generation config of a student that is written in `dtype`."""
+    hf_config, facts, carried = read_text_part(source_dir)
+    text = ModelSource(source_dir, hf_config, facts, carried, dtype)
+    return [(name, carried_content(text, name, dtype_name(dtype))) for name in carried]

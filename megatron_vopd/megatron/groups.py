@@ -1,0 +1,236 @@
+"""Process groups of the student and, beside it in the same world, of any second model.
+
+The student lives in megatron-core's `parallel_state`, because leaf functions of megatron-core fall
+back to those global groups. A second model (the teacher) has groups of its own over the same ranks,
+cut from its `Layout` and handed to every constructor and schedule by name.
+
+Both come as one frozen `Groups`. No group in it is None: a rank that is alone on an axis has a
+group of size one. That matters because torch reads `group=None` as the whole world.
+"""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_vopd.errors import LayoutError
+from megatron_vopd.megatron import cpu_runtime
+from megatron_vopd.types import Coordinates, Layout
+
+if TYPE_CHECKING:
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+
+# Every group that megatron-core's models, schedules, gradient reduction and checkpoints ask for,
+# with the axes along which its members differ. `edp` is the data parallelism of the experts.
+_DECODER_GROUPS: dict[str, tuple[str, ...]] = {
+    "tp": ("tp",),
+    "pp": ("pp",),
+    "cp": ("cp",),
+    "dp": ("dp",),
+    "mp": ("tp", "pp"),
+    "dp_cp": ("dp", "cp"),
+    "tp_cp": ("tp", "cp"),
+    "tp_dp_cp": ("tp", "dp", "cp"),
+    "intra_dp_cp": ("dp", "cp"),
+}
+_EXPERT_GROUPS: dict[str, tuple[str, ...]] = {
+    "ep": ("ep",),
+    "expt_tp": (),
+    "tp_ep": ("ep",),
+    "tp_ep_pp": ("ep", "pp"),
+    "expt_dp": ("edp",),
+    "intra_expt_dp": ("edp",),
+}
+
+
+@dataclass(frozen=True)
+class Groups:
+    """One model's layout, this rank's place in it, and its process groups.
+
+    Attributes:
+        layout: how the world is cut for this model.
+        coordinates: this rank's place.
+        collection: megatron-core's ProcessGroupCollection; every group it holds is set.
+    """
+
+    layout: Layout
+    coordinates: Coordinates
+    collection: ProcessGroupCollection
+
+    @property
+    def tp(self) -> dist.ProcessGroup:
+        """Ranks that share every layer of this stage, in order of vocabulary and heads."""
+        return self.collection.tp
+
+    @property
+    def pp(self) -> dist.ProcessGroup:
+        """Ranks that hold the other stages of this replica, first stage first."""
+        return self.collection.pp
+
+    @property
+    def dp(self) -> dist.ProcessGroup:
+        """Ranks that hold the same shard in the other replicas."""
+        return self.collection.dp
+
+    @property
+    def ep(self) -> dist.ProcessGroup:
+        """Ranks that together hold all experts of this stage."""
+        return self.collection.ep
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.coordinates.pp == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.coordinates.pp == self.layout.pp - 1
+
+
+def init_world(device: str, timeout_seconds: float = 600.0) -> None:
+    """Join torchrun's world: gloo on `cpu`, nccl on `cuda`.
+
+    Args:
+        device: "cpu" or "cuda"; "cpu" also activates the CPU runtime.
+        timeout_seconds: longest wait of any collective, of any group made later too, before it is
+            an error.
+    """
+    if device == "cpu":
+        cpu_runtime.activate()
+    else:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if not dist.is_initialized():
+        backend = "gloo" if device == "cpu" else "nccl"
+        dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_seconds))
+
+
+def init_single_process() -> None:
+    """A world of this one process on the CPU, where torchrun has not made one."""
+    cpu_runtime.activate()
+    if not dist.is_initialized():
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+
+
+def member_ranks(layout: Layout, axes: Iterable[str], expert: bool = False) -> list[list[int]]:
+    """All groups of ranks that differ only along `axes`, members ascending, groups by first member.
+
+    Args:
+        axes: of "tp", "cp", "dp", "pp", or with `expert` of "ep", "edp", "pp".
+    """
+    free = set(axes)
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for rank in range(layout.world_size):
+        place = _expert_place(layout, rank) if expert else _decoder_place(layout, rank)
+        groups.setdefault(tuple(v for k, v in place.items() if k not in free), []).append(rank)
+    return list(groups.values())
+
+
+def _decoder_place(layout: Layout, rank: int) -> dict[str, int]:
+    at = layout.coordinates(rank)
+    return {"tp": at.tp, "cp": at.cp, "dp": at.dp, "pp": at.pp}
+
+
+def _expert_place(layout: Layout, rank: int) -> dict[str, int]:
+    at = layout.coordinates(rank)
+    stage_size = layout.world_size // layout.pp
+    return {"ep": at.ep, "edp": rank % stage_size // layout.ep, "pp": at.pp}
+
+
+def student_groups(layout: Layout, seed: int = 0) -> Groups:
+    """Initialise megatron-core's parallel state with `layout` and return its groups.
+
+    Called once a process by every rank of the world, in the same order as other group creation.
+
+    Args:
+        seed: of megatron-core's random states, which recomputation and sequence parallelism fork.
+    """
+    from megatron.core import parallel_state
+    from megatron.core.process_groups_config import ProcessGroupCollection
+    from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+    _require_world(layout)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=layout.tp,
+        pipeline_model_parallel_size=layout.pp,
+        context_parallel_size=layout.cp,
+        expert_model_parallel_size=layout.ep,
+        expert_tensor_parallel_size=1,
+        distributed_timeout_minutes=cast(int, _world_timeout() / datetime.timedelta(minutes=1)),
+    )
+    model_parallel_cuda_manual_seed(seed)
+    collection = ProcessGroupCollection.use_mpu_process_groups(
+        [*_DECODER_GROUPS, *_EXPERT_GROUPS, "embd", "pos_embd", "intra_dist_opt"]
+    )
+    alone = _own_group([[rank] for rank in range(layout.world_size)])
+    for name in ("embd", "pos_embd"):
+        group = getattr(collection, name)
+        if group is None or dist.get_rank(group) < 0:
+            setattr(collection, name, alone)
+    return _frozen(layout, collection)
+
+
+def independent_groups(layout: Layout) -> Groups:
+    """Groups of a second model over the same world, apart from megatron-core's global state.
+
+    Called by every rank of the world, in the same order. Groups of equal members are created once.
+    """
+    from megatron.core.process_groups_config import ProcessGroupCollection
+
+    _require_world(layout)
+    wanted = {name: member_ranks(layout, axes) for name, axes in _DECODER_GROUPS.items()}
+    wanted |= {name: member_ranks(layout, axes, True) for name, axes in _EXPERT_GROUPS.items()}
+    stages = member_ranks(layout, ["pp"])
+    ends = [sorted({ranks[0], ranks[-1]}) for ranks in stages]
+    middle = [[rank] for ranks in stages for rank in ranks[1:-1]]
+    wanted["embd"] = ends + middle
+    wanted["pos_embd"] = [[rank] for ranks in stages for rank in ranks]
+    created: dict[str, dist.ProcessGroup] = {}
+    groups: dict[str, dist.ProcessGroup] = {}
+    for name, members in wanted.items():
+        key = repr(members)
+        if key not in created:
+            created[key] = _own_group(members)
+        groups[name] = created[key]
+    return _frozen(layout, ProcessGroupCollection(**groups))
+
+
+def destroy_groups() -> None:
+    """Forget megatron-core's parallel state, so that another layout may be initialised."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
+def _own_group(members: list[list[int]]) -> dist.ProcessGroup:
+    """Create one group per list (every rank must call with the same lists); return this rank's."""
+    own, _ = dist.new_subgroups_by_enumeration(members, timeout=_world_timeout())
+    assert isinstance(own, dist.ProcessGroup), f"rank {dist.get_rank()} is in none of {members}"
+    return own
+
+
+def _world_timeout() -> datetime.timedelta:
+    """Of the world's collectives; torch would give a new group half an hour whatever they have."""
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    world = cast(Any, dist.group.WORLD)
+    return world._get_backend(device).options._timeout
+
+
+def _frozen(layout: Layout, collection: ProcessGroupCollection) -> Groups:
+    missing = [name for name, group in vars(collection).items() if group is None]
+    assert not missing, f"process groups without members: {missing}"
+    return Groups(layout, layout.coordinates(dist.get_rank()), collection)
+
+
+def _require_world(layout: Layout) -> None:
+    if layout.world_size != dist.get_world_size():
+        raise LayoutError(
+            f"the layout is for {layout.world_size} ranks, but {dist.get_world_size()} started; "
+            f"start torchrun with --nproc-per-node x --nnodes = {layout.world_size}"
+        )

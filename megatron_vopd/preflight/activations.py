@@ -1,0 +1,110 @@
+"""Bytes that one layer keeps for its backward pass, and needs while it runs, per token.
+
+Counted from the operations that really run, in three cases. With h = hidden size, and of one tensor
+rank q = query width, k = width of the keys (values alike), f = width of the MLP, e = bytes a value:
+
+    norms, twice     cpu    input and normalised input in fp32, weighted output: 8 h + e h
+                     cuda   input and output: 2 e h
+    attention        the q-k-v product e (q + 2k), rotated queries and keys, the mixed values, and
+                     what q- and k-norms keep; the CPU copies the mixed values once more, the CUDA
+                     kernel of the local layers wants keys and values repeated to the queries' width
+    MLP              local  five of f: gate and up together, silu(gate), up, product: 5 e f
+                     te     gate and up together, product: 3 e f
+
+A mixture of experts keeps its tokens once more before and after the experts, times experts per
+token; tokens are taken as evenly spread. Sequence parallelism cuts the h terms by tp. Left out:
+reciprocal norms, log-sum-exps, rotary tables and masks, all of which are narrower than a head.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from megatron_vopd.hf.facts import ModelFacts, kv_repeat
+from megatron_vopd.types import Layout
+
+Kind = Literal["cpu", "local", "te"]
+Recompute = Literal["none", "selective", "full"]
+
+
+@dataclass(frozen=True)
+class LayerMemory:
+    """One layer on one rank, bytes per token of a packed row (of this context-parallel rank).
+
+    Attributes:
+        kept: for the backward pass, nothing recomputed.
+        kept_selective: where attention is computed again.
+        kept_full: where the whole layer is: its input.
+        backward: of gradients on the way, beside what is kept.
+        forward: while it runs without a backward pass.
+    """
+
+    kept: float
+    kept_selective: float
+    kept_full: float
+    backward: float
+    forward: float
+
+    def kept_by(self, recompute: Recompute) -> float:
+        kept = {"none": self.kept, "selective": self.kept_selective, "full": self.kept_full}
+        return kept[recompute]
+
+
+def layer_memory(
+    facts: ModelFacts,
+    layout: Layout,
+    kind: Kind,
+    item_size: int,
+    trained: bool,
+    sequence_parallel: bool = False,
+) -> LayerMemory:
+    """What a layer of the model needs in this layout.
+
+    Args:
+        kind: cpu, or on a GPU the layer specification: local or te.
+        item_size: bytes of one activation.
+    """
+    e, cut = item_size, layout.tp if sequence_parallel else 1
+    hidden = facts.hidden_size / cut
+    q = facts.num_heads * facts.head_dim / layout.tp
+    heads_kv = facts.num_kv_heads * kv_repeat(facts, layout.tp, trained)
+    k = heads_kv * facts.head_dim / layout.tp
+    norms = 2 * (8 * hidden + e * hidden if kind == "cpu" else 2 * e * hidden)
+    attention, again = _attention(kind, e, q, k, facts.qk_norm)
+    mlp, widest = _mlp(facts, layout, kind, e, hidden)
+    kept = norms + attention + mlp
+    return LayerMemory(
+        kept=kept,
+        kept_selective=kept - again,
+        kept_full=e * hidden,
+        backward=e * (2 * widest + 2 * facts.hidden_size),
+        forward=e * 2 * facts.hidden_size + max(mlp, attention),
+    )
+
+
+def _attention(kind: Kind, e: int, q: float, k: float, qk_norm: bool) -> tuple[float, float]:
+    """(kept, of that what selective recomputation gives up), bytes per token."""
+    product = e * (q + 2 * k)
+    if kind == "cpu":
+        copied_keys = 0 if e == 4 else 4 * k
+        norms = 8 * q + 4 * k + copied_keys if qk_norm else 0
+        return product + norms + e * (q + k) + 2 * e * q, e * q
+    norms = e * q if qk_norm else 0
+    if kind == "local":
+        return product + norms + e * (q + 2 * q + q), 2 * e * q
+    return product + norms + e * (2 * q + k), 0.0
+
+
+def _mlp(
+    facts: ModelFacts, layout: Layout, kind: Kind, e: int, hidden: float
+) -> tuple[float, float]:
+    """(kept bytes, width of one intermediate) per token."""
+    widths = 3 if kind == "te" else 5
+    if not facts.is_moe:
+        width = facts.ffn_size / layout.tp
+        return e * widths * width, width
+    # Under sequence parallelism a rank sends only its own tokens to the experts.
+    copies = facts.experts_per_token * hidden / facts.hidden_size
+    width = copies * facts.expert_ffn_size
+    return e * (2 * copies * facts.hidden_size + widths * width), width

@@ -1,0 +1,194 @@
+"""Checks of a configuration against the models that it names, before anything is loaded.
+
+Only local folders are looked into; hub ids are listed as not checked. Every finding is one line:
+a Problem (refused) or a Notice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from megatron_vopd.config.notices import notices as config_notices
+from megatron_vopd.config.schema import Config
+from megatron_vopd.config.world import cut_problems, layouts, world_problems
+from megatron_vopd.errors import Notice, Problem, shown
+from megatron_vopd.hf.facts import ModelError, ModelFacts, layout_problems
+from megatron_vopd.hf.folder import ModelFolder, read_model_folder
+from megatron_vopd.types import Layout, is_local_path
+
+
+@dataclass
+class Findings:
+    """What a check found; `cuts` holds the layouts by model, and is empty when they do not fit.
+
+    `facts` are the shapes of the models that could be read.
+    """
+
+    problems: list[Problem] = field(default_factory=list)
+    notices: list[Notice] = field(default_factory=list)
+    cuts: dict[str, Layout] = field(default_factory=dict)
+    facts: dict[str, ModelFacts] = field(default_factory=dict)
+
+
+def preflight(config: Config, world_size: int) -> Findings:
+    """Every problem and notice of `config` on `world_size` ranks."""
+    findings = Findings(world_problems(config, world_size), config_notices(config))
+    if not cut_problems(config, world_size):
+        findings.cuts = layouts(config, world_size)
+    models = _read_models(config, findings)
+    findings.facts = {key: model.facts for key, model in models.items()}
+    for key, model in models.items():
+        if key in findings.cuts:
+            findings.problems += _layout_problems(config, key, model, findings.cuts[key])
+        findings.problems += _context_problems(config, key, model)
+        findings.problems += _engine_problems(config, key, model)
+        findings.problems += _id_problems(key, model)
+        if key != "student" and "student" in models:
+            _compare(config, key, models["student"], model, findings)
+    findings.problems += _contract_problems(config, models)
+    return findings
+
+
+def _read_models(config: Config, findings: Findings) -> dict[str, ModelFolder]:
+    """Key -> facts of every local model that can be read; what cannot is added to `findings`."""
+    paths = {"student": config.student.path}
+    if config.scores_with_teacher:
+        paths |= {key: teacher.path for key, teacher in config.named_teachers.items()}
+    models: dict[str, ModelFolder] = {}
+    for key, path in paths.items():
+        if not is_local_path(path):
+            text = f"not checked: hub id {path} (give a local folder to check the model)"
+            findings.notices.append(Notice(f"{key}.path", text))
+            continue
+        try:
+            models[key] = read_model_folder(path)
+        except ModelError as error:
+            expected = "a supported model folder"
+            findings.problems.append(Problem(f"{key}.path", shown(path), expected, str(error)))
+            continue
+        if models[key].code_files:
+            names = ", ".join(shown(name)[1:-1] for name in models[key].code_files[:5])
+            text = f"the folder carries code ({names}); it is never executed"
+            findings.notices.append(Notice(f"{key}.path", text))
+    return models
+
+
+def _layout_problems(config: Config, key: str, model: ModelFolder, layout: Layout) -> list[Problem]:
+    trained = key == "student"
+    section = "parallel" if trained else key
+    parallel = trained and config.parallel.sequence_parallel
+    reasons = layout_problems(model.facts, layout, trained, parallel)
+    problems = []
+    for reason in reasons:
+        axis = reason.partition("=")[0]
+        got = str(getattr(layout, axis))
+        expected = f"a size that suits the model {model.path}"
+        problems.append(Problem(f"{section}.{axis}", got, expected, reason))
+    return problems
+
+
+def _context_problems(config: Config, key: str, model: ModelFolder) -> list[Problem]:
+    prompt = config.data.max_prompt_tokens
+    longest = {"curriculum.ladder": config.max_response_tokens}
+    if key == "student" and config.evaluates:
+        longest["evaluation.max_tokens"] = config.evaluation.max_tokens
+    return [
+        Problem(
+            setting,
+            f"{prompt} prompt + {response} response = {prompt + response} tokens",
+            f"at most the context of {key}, {model.context}",
+            f"shorten data.max_prompt_tokens or {setting}",
+        )
+        for setting, response in longest.items()
+        if prompt + response > model.context
+    ]
+
+
+def _engine_problems(config: Config, key: str, model: ModelFolder) -> list[Problem]:
+    heads, tp = model.facts.num_heads, config.rollout.tp
+    if key != "student" or heads % tp == 0:
+        return []
+    remedy = "lower rollout.tp to a divisor of the heads"
+    return [Problem("rollout.tp", str(tp), f"a divisor of the student's {heads} heads", remedy)]
+
+
+def _id_problems(key: str, model: ModelFolder) -> list[Problem]:
+    """Token ids beyond the embedding."""
+    ids = [*(model.vocabulary or {}).values(), *model.eos_ids]
+    largest = max(ids, default=0)
+    if largest < model.facts.vocab_size:
+        return []
+    return [
+        Problem(
+            f"{key}.path",
+            f"token id {largest} in the tokenizer",
+            f"ids below the model's vocab_size {model.facts.vocab_size}",
+            "use the tokenizer that belongs to the model",
+        )
+    ]
+
+
+def _compare(
+    config: Config, key: str, student: ModelFolder, teacher: ModelFolder, findings: Findings
+) -> None:
+    """Tokenizer, end-of-sequence ids and chat template of one teacher against the student."""
+    if student.vocabulary is None or teacher.vocabulary is None:
+        text = "tokenizers not compared: no tokenizer.json in one of the folders"
+        findings.notices.append(Notice(f"{key}.path", text))
+    else:
+        findings.problems += _vocabulary_problems(key, student.vocabulary, teacher.vocabulary)
+    if student.facts.vocab_size != teacher.facts.vocab_size:
+        sizes = f"{student.facts.vocab_size} and {teacher.facts.vocab_size}"
+        text = f"vocab_size of student and teacher differ ({sizes}); the common ids are compared"
+        findings.notices.append(Notice(f"{key}.path", text))
+    if student.eos_ids != teacher.eos_ids and config.data.eos_contract is None:
+        got = f"EOS ids {sorted(student.eos_ids)} (student), {sorted(teacher.eos_ids)} ({key})"
+        findings.problems.append(
+            Problem(
+                "data.eos_contract",
+                got,
+                "equal sets, or a contract",
+                "set data.eos_contract=teacher (the student learns the teacher's end), student or "
+                "union",
+            )
+        )
+    differing = sorted(student.special_tokens ^ teacher.special_tokens)
+    if differing:
+        text = f"special in one of student and teacher only: {shown(differing[:5])}"
+        findings.notices.append(Notice(f"{key}.path", text))
+    if student.chat_template != teacher.chat_template:
+        text = "the chat templates differ; the teacher sees prompts in the student's template"
+        findings.notices.append(Notice(f"{key}.path", text))
+
+
+def _vocabulary_problems(
+    key: str, student: dict[str, int], teacher: dict[str, int]
+) -> list[Problem]:
+    differing = [
+        token
+        for token in student.keys() | teacher.keys()
+        if student.get(token) != teacher.get(token)
+    ]
+    if not differing:
+        return []
+    first = min(differing)
+    got = (
+        f"{len(differing)} tokens that differ from the student's, such as {shown(first)} "
+        f"(student {student.get(first, 'without it')}, teacher {teacher.get(first, 'without it')})"
+    )
+    remedy = "use a teacher of the student's model family"
+    return [Problem(f"{key}.path", got, "the student's tokenizer", remedy)]
+
+
+def _contract_problems(config: Config, models: dict[str, ModelFolder]) -> list[Problem]:
+    """The contract must name one set of EOS ids, and that set must not be empty."""
+    contract = config.data.eos_contract
+    teachers = {model.eos_ids for key, model in models.items() if key != "student"}
+    if contract == "teacher" and len(teachers) > 1:
+        remedy = "set data.eos_contract=union"
+        return [Problem("data.eos_contract", "teacher", "teachers with equal EOS ids", remedy)]
+    names = [key for key in models if (key == "student") == (contract != "teacher")]
+    if contract == "union" or not names or any(models[key].eos_ids for key in names):
+        return []
+    expected = "eos_token_id in generation_config.json or config.json"
+    return [Problem(f"{names[0]}.path", "no EOS id", expected, "add it: a response has to end")]

@@ -1,0 +1,332 @@
+"""Memory per rank before anything is started: a formula from sizes, part by part.
+
+What a rank holds all the time (weights, gradients, optimizer, teacher) is counted exactly, from the
+same table that loads the weights. Beside it, a step goes through phases that follow one another,
+and each needs something more; the peak is what is held plus the most demanding phase::
+
+    rollout     the share of the GPU of a local engine, which sleeps in all other phases but `push`
+    scoring     the teacher's activations, the hidden states that it hands over
+    loss        activations of the microbatches under way, both models' logits of a chunk
+    backward    the same activations, the gradients of head and hidden states
+    update      the optimizer's temporaries
+    push        two layer groups of the student's weights, the engine
+
+Rows are taken as full and of response tokens alone. Not counted: what a process holds beside
+tensors (Python and libraries, CUDA context, NCCL buffers; a dry run measures it), fragmentation,
+and experts that get more than their share of tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache
+
+from megatron_vopd.config.schema import Config, TeacherSection
+from megatron_vopd.hf.facts import ModelFacts, kv_repeat
+from megatron_vopd.hf.mapping import hf_shape, layer_units, shard_parameters
+from megatron_vopd.preflight.activations import Kind, LayerMemory, layer_memory
+from megatron_vopd.types import LOSS_CHUNK, Coordinates, Layout
+
+GRADIENT_SIZE = MOMENT_SIZE = MASTER_SIZE = LOGIT_SIZE = 4
+_ITEM_SIZES = {"bf16": 2, "fp32": 4}
+HELD = ("student weights", "gradients", "optimizer", "teacher weights", "teacher head")
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the ranks run on.
+
+    Attributes:
+        kind: cpu, or on a GPU the layer specification: local or te.
+        memory: of one GPU, bytes, of which a local engine takes its share.
+    """
+
+    kind: Kind
+    memory: float = 0.0
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Tokens of a step, of one data-parallel replica of the student.
+
+    Attributes:
+        row: of the longest packed row.
+        response: of that row's responses.
+        num_rows: microbatches.
+        step_response: of all responses of the replica.
+    """
+
+    row: int
+    response: int
+    num_rows: int
+    step_response: int
+
+
+def workload(config: Config, num_replicas: int) -> Workload:
+    """The most that `config` allows: every prompt and response of full length."""
+    rollout = config.rollout
+    number = math.ceil(rollout.num_prompts * rollout.samples_per_prompt / num_replicas)
+    longest = config.max_response_tokens
+    total = number * (config.data.max_prompt_tokens + longest - 1)
+    row = min(config.train.max_tokens_per_microbatch, total)
+    return Workload(row, min(row, number * longest), math.ceil(total / row), number * longest)
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """One rank's estimate, bytes.
+
+    Attributes:
+        held: parts that are there all the time.
+        phases: phase -> parts that it needs beside them.
+        host: in host memory, beside a GPU's.
+    """
+
+    rank: int
+    held: Mapping[str, float]
+    phases: Mapping[str, Mapping[str, float]]
+    host: float = 0.0
+    place: Coordinates = field(default=Coordinates(0, 0, 0, 0, 0))
+
+    def phase_bytes(self, phase: str) -> float:
+        return sum(self.phases[phase].values())
+
+    @property
+    def worst_phase(self) -> str:
+        return max(self.phases, key=self.phase_bytes)
+
+    @property
+    def peak(self) -> float:
+        return sum(self.held.values()) + self.phase_bytes(self.worst_phase)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """One model in its layout."""
+
+    facts: ModelFacts
+    layout: Layout
+    item_size: int
+    layer: LayerMemory
+
+    def numbers(self, stage: int, trained: bool) -> tuple[int, int, int]:
+        """Parameters of a rank of the stage: (not experts, experts, largest)."""
+        repeat = kv_repeat(self.facts, self.layout.tp, trained)
+        return _numbers(self.facts, self.layout, stage, repeat)
+
+    @property
+    def layers_per_stage(self) -> int:
+        return self.facts.num_layers // self.layout.pp
+
+
+@cache
+def _numbers(facts: ModelFacts, layout: Layout, stage: int, repeat: int) -> tuple[int, int, int]:
+    place = Coordinates(tp=0, cp=0, dp=0, pp=stage, ep=0)
+    plans = shard_parameters(facts, layout, place, "local", repeat)
+    sizes = {name: math.prod(plan.shape) for name, plan in plans.items()}
+    experts = sum(size for name, size in sizes.items() if ".experts." in name)
+    return sum(sizes.values()) - experts, experts, max(sizes.values())
+
+
+def estimate(
+    config: Config,
+    facts: Mapping[str, ModelFacts],
+    layouts: Mapping[str, Layout],
+    machine: Machine,
+) -> list[RankMemory]:
+    """Every rank's memory, by rank.
+
+    Args:
+        facts: of `student` and of each scoring teacher by its key.
+        layouts: of the same models, from `config.world.layouts`.
+    """
+    student = _model(config.student.dtype, facts["student"], layouts["student"], machine, config)
+    teachers = {
+        key: (_model(section.dtype, facts[key], layouts[key], machine), section)
+        for key, section in config.named_teachers.items()
+        if key in layouts
+    }
+    ranks = []
+    known: dict[tuple, RankMemory] = {}
+    for rank in range(student.layout.world_size):
+        place = student.layout.coordinates(rank)
+        stages = tuple(model.layout.coordinates(rank).pp for model, _ in teachers.values())
+        leads = (place.tp, place.cp, place.pp) == (0, 0, 0)
+        key = (place.pp, leads, stages)
+        if key not in known:
+            known[key] = _rank_memory(config, student, teachers, machine, rank)
+        ranks.append(replace(known[key], rank=rank, place=place))
+    return ranks
+
+
+def _model(
+    dtype: str, facts: ModelFacts, layout: Layout, machine: Machine, trained: Config | None = None
+) -> _Model:
+    size = _ITEM_SIZES[dtype]
+    cut = trained is not None and trained.parallel.sequence_parallel and layout.tp > 1
+    layer = layer_memory(facts, layout, machine.kind, size, trained is not None, cut)
+    return _Model(facts, layout, size, layer)
+
+
+def _rank_memory(
+    config: Config,
+    student: _Model,
+    teachers: Mapping[str, tuple[_Model, TeacherSection]],
+    machine: Machine,
+    rank: int,
+) -> RankMemory:
+    place = student.layout.coordinates(rank)
+    work = workload(config, student.layout.dp)
+    held = _student_held(config, student, place.pp)
+    scoring: dict[str, float] = {"activations": 0.0, "hidden states": 0.0}
+    host = waiting = 0.0
+    is_last = place.pp == student.layout.pp - 1
+    for teacher, section in teachers.values():
+        weights = _teacher_weights(teacher, rank)
+        if section.offload:
+            host += weights if machine.kind != "cpu" else 0
+            scoring["weights"] = max(scoring.get("weights", 0), weights)
+        else:
+            held["teacher weights"] = held.get("teacher weights", 0) + weights
+        if is_last:
+            head = _head_rows(student, teacher.facts.vocab_size) * teacher.facts.hidden_size
+            held["teacher head"] = held.get("teacher head", 0) + head * teacher.item_size
+        activations, sent, received = _scoring(teacher, student, work, rank, is_last)
+        scoring["activations"] = max(scoring["activations"], activations)
+        scoring["hidden states"] = max(scoring["hidden states"], sent + received)
+        waits = received if not section.offload else received * work.response / work.step_response
+        waiting = max(waiting, waits)
+        host += received if section.offload and machine.kind != "cpu" else 0
+    phases = {"scoring": scoring}
+    phases |= _training(config, student, place.pp, work, machine, waiting)
+    phases |= _engine_phases(config, student, place, machine)
+    return RankMemory(rank, held, phases, host)
+
+
+def _student_held(config: Config, student: _Model, stage: int) -> dict[str, float]:
+    dense, experts, _ = student.numbers(stage, trained=True)
+    layout, section = student.layout, config.optimizer
+    split = layout.dp * layout.cp if section.distributed else 1
+    expert_split = layout.expert_dp if section.distributed else 1
+    per_value = 2 * MOMENT_SIZE + (MASTER_SIZE if student.item_size < MASTER_SIZE else 0)
+    return {
+        "student weights": (dense + experts) * student.item_size,
+        "gradients": (dense + experts) * GRADIENT_SIZE,
+        "optimizer": per_value * (dense / split + experts / expert_split),
+    }
+
+
+def _teacher_weights(teacher: _Model, rank: int) -> float:
+    """Without its head, which is on the student's side."""
+    stage = teacher.layout.coordinates(rank).pp
+    dense, experts, _ = teacher.numbers(stage, trained=False)
+    is_last = stage == teacher.layout.pp - 1
+    if is_last and not (teacher.facts.tied and teacher.layout.pp == 1):
+        tp = teacher.layout.tp
+        dense -= teacher.facts.padded_vocab_size(tp) // tp * teacher.facts.hidden_size
+    return (dense + experts) * teacher.item_size
+
+
+def _head_rows(student: _Model, common_vocab_size: int) -> int:
+    """Columns of the vocabulary on the first tp rank of the student, which has the most."""
+    tp = student.layout.tp
+    return min(student.facts.padded_vocab_size(tp) // tp, common_vocab_size)
+
+
+def _scoring(
+    teacher: _Model, student: _Model, work: Workload, rank: int, is_last: bool
+) -> tuple[float, float, float]:
+    """(activations, hidden states of its own rows, those that the student's stage receives)."""
+    width = teacher.facts.hidden_size * teacher.item_size
+    ends = teacher.layout.coordinates(rank).pp == teacher.layout.pp - 1
+    share = student.layout.dp / teacher.layout.dp
+    sent = work.step_response * share * width if ends else 0.0
+    received = work.step_response / student.layout.cp * width if is_last else 0.0
+    return work.row * teacher.layer.forward, sent, received
+
+
+def _training(
+    config: Config, student: _Model, stage: int, work: Workload, machine: Machine, waiting: float
+) -> dict[str, dict[str, float]]:
+    """The phases backward, update and, on the last stage, loss."""
+    under_way = _under_way(config, student, stage, work, machine)
+    row, layer = work.row / student.layout.cp, student.layer
+    again = layer.kept - layer.kept_full if config.student.recompute == "full" else 0.0
+    fused = machine.kind == "te"
+    weight = 0.0 if fused else _largest_layer_weight(student.facts, student.layout)
+    passing = row * (again + layer.backward) + weight * student.item_size
+    backward = {"activations": under_way + passing, "hidden states": waiting}
+    update = {"temporaries": _update(config, student, stage, machine)}
+    phases = {"backward": backward, "update": update}
+    if stage == student.layout.pp - 1:
+        loss, stands_in = _loss(student, work, machine)
+        output = row * student.facts.hidden_size * student.item_size
+        phases["loss"] = {"activations": under_way + output, "hidden states": waiting} | loss
+        gradients = "gradients of head and rows"
+        backward[gradients] = loss[gradients] + stands_in
+    return phases
+
+
+def _under_way(
+    config: Config, student: _Model, stage: int, work: Workload, machine: Machine
+) -> float:
+    """Activations of all microbatches between their forward and their backward pass."""
+    layout, e = student.layout, student.item_size
+    row = work.row / layout.cp
+    # The stage's output, or the input of the final norm and what that keeps.
+    is_last = stage == layout.pp - 1
+    width = student.facts.hidden_size / (layout.tp if config.parallel.sequence_parallel else 1)
+    at_end = row * width * (2 * 4 if is_last and machine.kind == "cpu" else e)
+    layers = row * student.layers_per_stage * student.layer.kept_by(config.student.recompute)
+    return (layers + at_end) * min(work.num_rows, layout.pp - stage)
+
+
+def _loss(student: _Model, work: Workload, machine: Machine) -> tuple[dict[str, float], float]:
+    """The operator's parts, and what autograd gets in the place of the head's gradient."""
+    layout, facts, e = student.layout, student.facts, student.item_size
+    response = work.response / layout.cp
+    rows = _head_rows(student, facts.vocab_size)
+    head, hidden = rows * facts.hidden_size, response * facts.hidden_size
+    summed = 4 if layout.tp > 1 else e
+    parts = {
+        "logits of a chunk": 2 * min(LOSS_CHUNK, response) * rows * LOGIT_SIZE,
+        "gradients of head and rows": head * GRADIENT_SIZE + hidden * (summed + e),
+    }
+    # On the CPU only memory that is written to counts.
+    is_written = facts.tied and layout.pp == 1
+    return parts, head * e if machine.kind != "cpu" or is_written else 0.0
+
+
+def _update(config: Config, student: _Model, stage: int, machine: Machine) -> float:
+    """Temporaries of the optimizer: torch's Adam on the CPU, or for all parameters on a GPU."""
+    dense, experts, largest = student.numbers(stage, trained=True)
+    split = student.layout.dp * student.layout.cp if config.optimizer.distributed else 1
+    if machine.kind == "te":
+        return 0.0
+    if machine.kind == "local":
+        return (dense + experts) / split * MOMENT_SIZE
+    # gloo gathers the updated parameters into a second copy of them all.
+    gathered = (dense + experts) * student.item_size if split > 1 else 0
+    return max(2 * largest / split * MOMENT_SIZE, gathered)
+
+
+def _largest_layer_weight(facts: ModelFacts, layout: Layout) -> float:
+    if facts.is_moe:
+        return 2 * facts.hidden_size * facts.expert_ffn_size
+    return 2 * facts.hidden_size * facts.ffn_size / layout.tp
+
+
+def _engine_phases(
+    config: Config, student: _Model, place: Coordinates, machine: Machine
+) -> dict[str, dict[str, float]]:
+    """Rollout and push; an engine shares the GPU of its replica's first rank only."""
+    leads = (place.tp, place.cp, place.pp) == (0, 0, 0)
+    shares = leads and machine.kind != "cpu" and config.rollout.engine == "local"
+    engine = config.rollout.memory_fraction * machine.memory if shares else 0.0
+    names = [name for unit in layer_units(student.facts, 0) for name in unit.hf_names()]
+    layer = sum(math.prod(hf_shape(name, student.facts)) for name in names)
+    embedding = student.facts.vocab_size * student.facts.hidden_size
+    groups = 2 * max(layer, embedding) * student.item_size
+    return {"rollout": {"engine": engine}, "push": {"layer groups": groups, "engine": engine}}

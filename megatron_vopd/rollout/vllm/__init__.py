@@ -1,0 +1,1 @@
+"""vLLM engines: a child process on this machine, or servers."""

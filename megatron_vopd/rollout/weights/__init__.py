@@ -1,0 +1,1 @@
+"""The student's weights on their way into engines: shared memory, CUDA IPC, NCCL."""

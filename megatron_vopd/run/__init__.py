@@ -1,0 +1,1 @@
+"""One run: built, begun, resumed, saved, shown, ended."""

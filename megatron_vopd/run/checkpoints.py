@@ -1,0 +1,235 @@
+"""A training run saved and resumed: weights, Adam's state, random states, and everything as JSON.
+
+`save` writes `checkpoints/step_N` beside its place and publishes it whole (`publish_together`);
+`load` fills a run that was built from the same configuration, in any layout (`run_identity` says
+what "the same" is). Both are collectives of the whole world. A resumed CPU run is bitwise equal to
+an uninterrupted one; random states go with the layout, so another layout seeds its own.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_vopd.checkpoint.chunks import CheckpointError
+from megatron_vopd.checkpoint.optimizer import (
+    fill_optimizer,
+    num_updates,
+    optimizer_shards,
+    optimizer_values,
+    set_num_updates,
+)
+from megatron_vopd.checkpoint.random_states import random_bytes, restore_random_bytes
+from megatron_vopd.checkpoint.sharded import (
+    HF_DIR,
+    CheckpointReader,
+    ShardFile,
+    Written,
+    complete,
+    entries,
+    is_saved_here,
+    rank_row,
+    read_state,
+    shards,
+)
+from megatron_vopd.checkpoint.staging import begin_staging, publish_staging
+from megatron_vopd.collectives import in_step, in_step_all, on_rank_0
+from megatron_vopd.files.atomic_folder import Staging, read_manifest
+from megatron_vopd.hf.tensors import dtype_name
+from megatron_vopd.hf.writer import text_files
+from megatron_vopd.megatron.student import Student
+from megatron_vopd.run.folder import (
+    KIND,
+    checkpoints_dir,
+    make_room,
+    remove_old,
+    step_dir,
+    write_latest,
+)
+from megatron_vopd.run.identity import require_same
+from megatron_vopd.trainer.trainer import Trainer
+
+_RANDOM = "random_states"
+
+
+@dataclass(frozen=True)
+class RunCheckpoints:
+    """Saves and loads one run.
+
+    Attributes:
+        source_dir: the student's model folder; checkpoints must not lie in it.
+        identity: from `run_identity.identity`, the same on every rank.
+        keep: newest checkpoints that stay.
+        say: takes a line for the reader; does nothing on ranks without a terminal.
+    """
+
+    run_dir: Path
+    source_dir: Path
+    student: Student
+    trainer: Trainer
+    identity: Mapping[str, Any]
+    keep: int
+    say: Callable[[str], None]
+
+    def save(self, extra: Mapping[str, Any] | None = None, keep_also: Collection[int] = ()) -> Path:
+        """Publish the state after the last step as `step_N`; one that verifies is left alone.
+
+        Args:
+            extra: JSON values of the caller's, such as the best evaluation, given back by `load`.
+            keep_also: steps that retention leaves, beside the newest `keep`.
+
+        Raises:
+            UserError: on every rank, naming the path; earlier checkpoints are untouched.
+        """
+        step = self.trainer.step
+        out_dir = step_dir(self.run_dir, step)
+        state = self._state(extra or {})
+        is_there, remarks = in_step_all(lambda: self._prepare(step))[0]
+        for remark in remarks:
+            self.say(remark)
+        if not is_there:
+            with ExitStack() as stack:
+                staging = begin_staging(stack, out_dir, self.source_dir, self._num_bytes())
+                written = self._write(ShardFile(staging, dist.get_rank()))
+                chunks = [chunk for part in in_step_all(lambda: written()) for chunk in part]
+                in_step(lambda: on_rank_0(lambda: self._finish(staging, chunks, state)))
+                info = {"kind": KIND, "step": step, "topology": state["layout"]}
+                publish_staging(staging, out_dir, info)
+        in_step(lambda: on_rank_0(lambda: write_latest(self.run_dir, step)))
+        in_step(lambda: on_rank_0(lambda: self._remove_old(step, keep_also)))
+        return out_dir
+
+    def _finish(self, staging: Staging, chunks: list[Written], state: dict[str, Any]) -> None:
+        """Index and state; and what makes a HuggingFace folder of the weights."""
+        for name, content in text_files(self.source_dir, self.student.options.dtype):
+            staging.write(f"{HF_DIR}/{name}", content)
+        complete(staging, chunks, state)
+
+    def _prepare(self, step: int) -> tuple[bool, list[str]]:
+        if dist.get_rank() != 0:
+            return False, []
+        checkpoints_dir(self.run_dir).mkdir(parents=True, exist_ok=True)
+        return make_room(self.run_dir, step)
+
+    def _remove_old(self, newest: int, also: Collection[int]) -> None:
+        remove_old(self.run_dir, newest, self.keep, also)
+
+    def _state(self, extra: Mapping[str, Any]) -> dict[str, Any]:
+        """What `common.json` holds; JSON values, from rank 0."""
+        return {
+            "kind": KIND,
+            "step": self.trainer.step,
+            "dtype": dtype_name(self.student.options.dtype),
+            "layout": asdict(self.student.groups.layout),
+            "num_updates": num_updates(self.student),
+            "trainer": self.trainer.state_dict(),
+            "extra": dict(extra),
+            **self.identity,
+        }
+
+    def _num_bytes(self) -> int:
+        """Of the whole checkpoint: what the ranks hold of it, replicas left out."""
+        student = self.student
+        weights = entries(student.bare.sharded_state_dict())
+        local = [shard for entry in weights.values() for shard in shards(entry)]
+        local += optimizer_shards(student)
+        sizes = [
+            shard.data.nbytes for shard in local if shard.data is not None and is_saved_here(shard)
+        ]
+        return sum(in_step_all(lambda: sum(sizes)))
+
+    def _write(self, file: ShardFile) -> Callable[[], list[Written]]:
+        """Write this rank's shards, whatever fails on the way: other ranks join in to the end.
+
+        Returns:
+            what gives the chunks, or raises what went wrong.
+        """
+        error: Exception | None = None
+        try:
+            with file:
+                for shard in self._values():
+                    try:
+                        if error is None:
+                            shard.data = shard.data.detach().cpu()
+                            file.add(shard)
+                    except Exception as caught:  # `_values` has collectives: go on to the end
+                        error = caught
+                if error is not None:
+                    raise error
+        except Exception as caught:  # raised by `chunks`, where all ranks are told
+            error = caught
+
+        def chunks() -> list[Written]:
+            if error is not None:
+                raise error
+            return file.written
+
+        return chunks
+
+    def _values(self) -> Iterator[Any]:
+        for entry in entries(self.student.bare.sharded_state_dict()).values():
+            if is_saved_here(entry):
+                yield from shards(entry)
+        yield from optimizer_values(self.student)
+        yield rank_row(_RANDOM, random_bytes())
+
+    def load(self, folder: Path) -> dict[str, Any]:
+        """Go on from `folder`, whose hashes were just verified; returns the caller's `extra`.
+
+        Raises:
+            UserError: it is no checkpoint of this run's kind, or of another model, teacher or
+                configuration: named by key.
+        """
+        state = in_step(lambda: self._checked_state(folder))
+        hashed = in_step(lambda: [record.name for record in _manifest(folder)["files"]])
+        with in_step(lambda: CheckpointReader(folder, hashed=hashed)) as reader:
+            same_layout = state["layout"] == asdict(self.student.groups.layout)
+            self._fill(reader, same_layout)
+        if not same_layout:
+            self.say(f"{folder}: was saved by another layout; random states start anew")
+        set_num_updates(self.student, state["num_updates"])
+        in_step(lambda: self.trainer.load_state_dict(state["trainer"]))
+        if self.trainer.curriculum.remark:
+            self.say(self.trainer.curriculum.remark)
+        return state["extra"]
+
+    def _checked_state(self, folder: Path) -> dict[str, Any]:
+        state = read_state(folder)
+        if state.get("kind") != KIND:
+            raise CheckpointError(
+                f"{folder}: not a checkpoint of a training run; give a step_N folder of a run's "
+                "checkpoints"
+            )
+        require_same(state, json.loads(json.dumps(self.identity)), str(folder))
+        return state
+
+    def _fill(self, reader: CheckpointReader, same_layout: bool) -> None:
+        student = self.student
+        weights = entries(student.bare.sharded_state_dict())
+        wanted = [shard for entry in weights.values() for shard in shards(entry)]
+        # The state's row is read where it belongs: on the same rank of the same layout.
+        random_row = rank_row(_RANDOM, torch.empty_like(random_bytes()))
+        own_row = [random_row] if same_layout else []
+        asked = [*wanted, *optimizer_shards(student), *own_row]
+        keys = set[str]().union(*in_step_all(lambda: reader.require(asked)), {_RANDOM})
+        in_step(lambda: reader.require_only(keys))
+        in_step(lambda: [reader.fill(shard) for shard in wanted])
+        in_step(lambda: fill_optimizer(student, reader))
+        if same_layout:
+            in_step(lambda: reader.fill(random_row))
+            assert random_row.data is not None
+            restore_random_bytes(random_row.data[0])
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    manifest = read_manifest(folder)
+    if manifest is None:
+        raise CheckpointError(f"{folder}: has no manifest.json; the checkpoint is not complete")
+    return manifest

@@ -1,0 +1,230 @@
+"""The run folder on disk: checkpoints by step, the hint `latest`, `status.json`.
+
+    RUN/checkpoints/step_N/     published whole, never written to again
+    RUN/checkpoints/latest      the name of the newest one, for the reader; resuming goes by hashes
+    RUN/status.json             why the last process ended, for the launch script
+    RUN/best.json               the best evaluation so far, and where its weights are
+
+All functions are for one rank; what they decide is given to the others by the caller.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megatron_vopd.errors import UserError, shown
+from megatron_vopd.files.atomic_file import (
+    PublishError,
+    naming,
+    regular_size,
+    replace_text,
+    sync_folder,
+)
+from megatron_vopd.files.atomic_folder import (
+    MANIFEST_NAME,
+    remove_leftovers,
+    verify_manifest,
+    verify_sizes,
+)
+
+KIND = "training run"
+LATEST_NAME, STATUS_NAME, BEST_NAME = "latest", "status.json", "best.json"
+LOCK_NAME = "lock"
+_STEP_NAME = re.compile(r"step_(0|[1-9][0-9]{0,15})")
+_MAX_LATEST_BYTES, MAX_STATUS_BYTES = 64, 65536
+
+
+class RunBusyError(UserError):
+    """Another process trains in the run folder, whose files are its own."""
+
+
+@contextmanager
+def locked(run_dir: Path) -> Iterator[None]:
+    """The folder for this process alone; a process that ends, however it does, gives it back.
+
+    Two runs in one folder would remove each other's checkpoints. File systems that know no locks
+    leave that to the user.
+
+    Raises:
+        RunBusyError: another process has it.
+    """
+    with naming(run_dir / LOCK_NAME, "choose another run.name or run.dir"):
+        flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC
+        descriptor = os.open(run_dir / LOCK_NAME, flags, 0o644)
+    try:
+        _lock(descriptor, run_dir)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, run_dir: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        owner = os.read(descriptor, 200).decode("ascii", "backslashreplace").strip()
+        raise RunBusyError(
+            f"run.name: got {run_dir}, in which a run is going on ({owner or 'just started'}), "
+            "expected a folder for this run alone; wait for its end, or choose another run.name"
+        ) from None
+    except OSError:
+        return
+    os.ftruncate(descriptor, 0)
+    os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+
+
+def checkpoints_dir(run_dir: Path) -> Path:
+    return run_dir / "checkpoints"
+
+
+def step_dir(run_dir: Path, step: int) -> Path:
+    return checkpoints_dir(run_dir) / f"step_{step}"
+
+
+def hf_dir(run_dir: Path, step: int) -> Path:
+    """Where the student after `step` steps is exported to."""
+    return run_dir / "hf" / f"step_{step}"
+
+
+def step_of(name: str) -> int | None:
+    """N of `step_N`; None for any other name."""
+    match = _STEP_NAME.fullmatch(name)
+    return int(match[1]) if match else None
+
+
+def saved_steps(run_dir: Path) -> list[int]:
+    """Steps with a checkpoint folder, newest first, valid or not."""
+    folder = checkpoints_dir(run_dir)
+    if not folder.is_dir():
+        return []
+    found = [(step_of(path.name), path) for path in folder.iterdir()]
+    return sorted(
+        (step for step, path in found if step is not None and path.is_dir()), reverse=True
+    )
+
+
+def verify_checkpoint(folder: Path) -> int:
+    """The step of a run's checkpoint in which every byte is what was written.
+
+    Raises:
+        PublishError: naming the file that is not.
+    """
+    if folder.is_symlink() or not folder.is_dir():
+        raise PublishError(f"{folder}: not a folder; give a step_N folder of a run's checkpoints")
+    try:
+        manifest = verify_manifest(folder)
+    except OSError as error:
+        raise PublishError(f"{error.filename or folder}: {error.strerror}") from error
+    if manifest is None:
+        raise PublishError(
+            f"{folder}: has no manifest.json, so it is no checkpoint, or not a complete one; give "
+            "a step_N folder of a run's checkpoints"
+        )
+    step = manifest.get("step")
+    if manifest.get("kind") != KIND or type(step) is not int or step < 0:
+        raise PublishError(f"{folder}: not a checkpoint of a training run; give a step_N folder")
+    return step
+
+
+def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint that verifies, and one line about each that does not."""
+    refused: list[str] = []
+    for step in saved_steps(run_dir):
+        folder = step_dir(run_dir, step)
+        try:
+            if verify_checkpoint(folder) == step:
+                return folder, refused
+            refused.append(f"{folder}: {MANIFEST_NAME} says another step; rename the folder back")
+        except PublishError as error:
+            refused.append(str(error))
+    return None, refused
+
+
+def latest_remark(run_dir: Path, chosen: Path | None) -> list[str]:
+    """A line when `latest` does not name the checkpoint that was chosen."""
+    path = checkpoints_dir(run_dir) / LATEST_NAME
+    if not os.path.lexists(path):
+        return [] if chosen is None else [f"{path}: missing; {chosen.name} is the newest"]
+    size = regular_size(path)
+    if size is None or size > _MAX_LATEST_BYTES:
+        return [f"{path}: not a short text file; it is not gone by"]
+    text = path.read_bytes().decode("ascii", "backslashreplace").strip()
+    if chosen is not None and text == chosen.name:
+        return []
+    name = "nothing" if chosen is None else chosen.name
+    return [f"{path}: says {shown(text)}, but {name} is the newest that verifies"]
+
+
+def write_latest(run_dir: Path, step: int) -> None:
+    """Replace the hint; whatever was in its place, unless that is a folder, is gone."""
+    path = checkpoints_dir(run_dir) / LATEST_NAME
+    if path.is_dir() and not path.is_symlink():
+        raise PublishError(f"{path}: is a folder, expected a file; remove it")
+    replace_text(path, f"step_{step}\n")
+
+
+def make_room(run_dir: Path, step: int) -> tuple[bool, list[str]]:
+    """Whether step N is saved already; a folder in its place that does not verify is set aside."""
+    folder = step_dir(run_dir, step)
+    if not os.path.lexists(folder):
+        return False, []
+    try:
+        verify_checkpoint(folder)
+    except PublishError as error:
+        aside = folder.with_name(f"{folder.name}.damaged-{secrets.token_hex(4)}")
+        os.rename(folder, aside)
+        sync_folder(folder.parent)
+        return False, [f"{error}; moved to {aside.name}, and saved again"]
+    return True, []
+
+
+def remove_old(run_dir: Path, newest: int, keep: int, also: Collection[int] = ()) -> list[int]:
+    """Remove what is older than the `keep` newest checkpoints up to step `newest`.
+
+    Only folders whose files have their sizes count; those of later steps, which a resumed run
+    passed over, are neither counted nor removed. A folder is renamed before it is taken apart, so
+    that none is ever half there under its name.
+
+    Args:
+        newest: was just published, or has just been verified.
+        also: steps that stay in any case.
+    """
+    past = [step for step in saved_steps(run_dir) if step <= newest]
+    kept = [step for step in past if step == newest or _looks_whole(step_dir(run_dir, step))][:keep]
+    removed = [step for step in past if step < kept[-1] and step not in also]
+    if len(kept) < keep:
+        return []
+    for step in removed:
+        folder = step_dir(run_dir, step)
+        gone = folder.with_name(f"{folder.name}.tmp-{secrets.token_hex(6)}")
+        with naming(folder, "it was to be removed; newer ones are whole; check the disk"):
+            os.rename(folder, gone)
+            shutil.rmtree(gone)
+    return removed
+
+
+def _looks_whole(folder: Path) -> bool:
+    try:
+        return verify_sizes(folder) is not None
+    except (PublishError, OSError):
+        return False
+
+
+def remove_stale(run_dir: Path) -> None:
+    """Remove what killed processes left: temporary folders, and files beside `latest`."""
+    folder = checkpoints_dir(run_dir)
+    if not folder.is_dir():
+        return
+    remove_leftovers(folder / "step_*")
+    beside = [path for name in (STATUS_NAME, BEST_NAME) for path in run_dir.glob(f"{name}.tmp-*")]
+    for path in [*folder.glob(f"{LATEST_NAME}.tmp-*"), *beside]:
+        if regular_size(path) is not None:
+            path.unlink()

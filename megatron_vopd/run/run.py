@@ -1,0 +1,85 @@
+"""A run that is ready to train, and where its steps are recorded."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+
+from megatron_vopd.config import Config
+from megatron_vopd.megatron.student import Student
+from megatron_vopd.rollout.engine import Engine, Progress
+from megatron_vopd.run.checkpoints import RunCheckpoints
+from megatron_vopd.run.engines import Pusher
+from megatron_vopd.run.log import MetricsWriter
+from megatron_vopd.trainer.evaluation import Evaluator
+from megatron_vopd.trainer.trainer import Trainer
+
+
+@dataclass
+class Run:
+    """A run that is ready to train. Close it on every rank.
+
+    Attributes:
+        pusher: gives the engines weights; None: the run needs no engine.
+        evaluator: None: the run is not evaluated.
+        extra: JSON values that are saved with each checkpoint and come back with a resume, the
+            same on every rank; for what is not the trainer's, such as the best evaluation.
+    """
+
+    config: Config
+    run_dir: Path
+    student_dir: str
+    student: Student
+    trainer: Trainer
+    engine: Engine | None
+    pusher: Pusher | None
+    resources: ExitStack
+    evaluator: Evaluator | None = None
+    writer: MetricsWriter | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+    checkpoints: RunCheckpoints = field(init=False)
+
+    def say(self, text: str) -> None:
+        """A line for the reader, on the rank that has the terminal."""
+        if self.writer is not None:
+            self.writer.say(text)
+        else:
+            announce(self.config, text)
+
+    def progress(self, what: str) -> AbstractContextManager[Progress | None]:
+        """A bar for the reader, on the rank that has the terminal."""
+        return nullcontext() if self.writer is None else self.writer.progress(what)
+
+    def close(self) -> None:
+        """End the engine and everything else that was started."""
+        self.resources.close()
+
+
+@dataclass(frozen=True)
+class MetricsSink:
+    """Steps go to the writer together with what the engine and the last push say of themselves."""
+
+    writer: MetricsWriter
+    engine: Engine | None
+    pusher: Pusher | None
+
+    def record(self, step: int, values: dict[str, float]) -> None:
+        known: dict[str, float] = {}
+        if self.engine is not None and self.engine.generation is not None:
+            known |= self.engine.generation.metrics()
+        if self.pusher is not None and self.pusher.report is not None:
+            known |= self.pusher.report.metrics()
+        self.writer.record(step, known | values)
+
+    def say(self, text: str) -> None:
+        self.writer.say(text)
+
+
+def announce(config: Config, text: str) -> None:
+    """A line of the start, before there is a writer; on a large model the next takes minutes."""
+    if dist.get_rank() == 0 and config.logging.console:
+        print(text, flush=True)

@@ -1,0 +1,232 @@
+"""The start of a run on disk: what it goes on from, its folder, its configuration in it.
+
+Nothing in the folder of an earlier run changes before that run's checkpoint was loaded: a start
+that is refused loses nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+
+from megatron_vopd.checkpoint.random_states import (
+    seed_random_states,
+)
+from megatron_vopd.collectives import in_step, in_step_all, on_rank_0
+from megatron_vopd.config import Config
+from megatron_vopd.config.table import resolved_yaml
+from megatron_vopd.errors import UserError, refusal
+from megatron_vopd.hf.facts import ModelFacts
+from megatron_vopd.hf.hub import local_model_folder
+from megatron_vopd.hf.mapping import LayerSpec
+from megatron_vopd.run.folder import (
+    STATUS_NAME,
+    checkpoints_dir,
+    latest_remark,
+    locked,
+    newest_valid,
+    remove_stale,
+    saved_steps,
+    step_of,
+    verify_checkpoint,
+)
+from megatron_vopd.run.identity import identity
+
+_HEADER = "# The resolved configuration of a run of megatron_vopd.train.\n"
+
+
+def begin(run_dir: Path, config: Config, stack: ExitStack) -> Resume:
+    """Choose what to go on from, make the folder, seed. Every rank of the world calls it.
+
+    Args:
+        stack: holds the lock on the folder.
+
+    Raises:
+        UserError: on every rank: nothing to go on from where there should be, another run's
+            folder, or one that cannot be written.
+    """
+    in_step(lambda: _require_vllm(config))
+    in_step(lambda: on_rank_0(lambda: _make_folder(run_dir)))
+    in_step(lambda: on_rank_0(lambda: stack.enter_context(locked(run_dir))))
+    resume = choose_resume(run_dir, config.checkpoint.resume)
+    # How an earlier process ended; should this one be killed, there must be no status.
+    in_step(lambda: on_rank_0(lambda: (run_dir / STATUS_NAME).unlink(missing_ok=True)))
+    seed_random_states(config.run.seed)
+    return resume
+
+
+def _require_vllm(config: Config) -> None:
+    """Looked for before the models are loaded, which takes minutes."""
+    asks = config.has_rollouts or config.evaluates
+    if asks and config.rollout.engine == "local" and find_spec("vllm") is None:
+        remedy = "install it (CPU: make engine), or set rollout.engine=server"
+        raise refusal("rollout.engine", "local", "vLLM installed beside this package", remedy)
+
+
+def _make_folder(run_dir: Path) -> None:
+    remedy = "choose another run.name or run.dir"
+    own = run_dir / "config.yaml"
+    try:
+        if own.exists() and _HEADER not in own.read_text("utf-8", "replace"):
+            got = f"{own}, which is not of a run"
+            raise refusal("run.name", got, "a folder for this run alone", remedy)
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        got = f"{error.filename} ({error.strerror})"
+        raise refusal("run.dir", got, "a folder that can be written", remedy) from None
+
+
+def record_config(run_dir: Path, config: Config) -> None:
+    """Put the resolved configuration into the folder. Every rank of the world calls it."""
+
+    def write() -> None:
+        (run_dir / "config.yaml").write_text(_HEADER + resolved_yaml(config), encoding="utf-8")
+
+    in_step(lambda: on_rank_0(write))
+
+
+def run_identity(config: Config, facts: ModelFacts) -> Mapping[str, Any]:
+    """What checkpoints of this run are known by; rank 0 looks at the teachers' files."""
+
+    def of_files() -> Mapping[str, Any] | None:
+        if dist.get_rank() != 0:
+            return None
+        teachers = config.named_teachers.items() if config.scores_with_teacher else ()
+        folders = {
+            key: Path(local_model_folder(section.path, f"{key}.path")) for key, section in teachers
+        }
+        return identity(config, facts, folders)
+
+    found = in_step_all(of_files)[0]
+    assert found is not None
+    return found
+
+
+class ResumeError(UserError):
+    """A run folder that cannot be resumed from, and must not be started over."""
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What a start goes on from; `folder` None: from nothing.
+
+    Attributes:
+        step: steps made at that point.
+        remarks: lines for the reader about what was passed over.
+    """
+
+    folder: Path | None
+    step: int
+    remarks: tuple[str, ...]
+
+
+def choose(run_dir: Path, resume: str) -> Resume:
+    """What `resume` (`auto`, `never`, or a checkpoint folder) means for this run folder.
+
+    A folder of another run starts this one once; later starts go on from this run's own.
+
+    Raises:
+        ResumeError: steps were made here and no checkpoint of them verifies, or two runs would mix.
+        PublishError: the given folder is no checkpoint that verifies; the file is named.
+    """
+    remove_stale(run_dir)
+    steps, has_metrics = saved_steps(run_dir), _has_step(run_dir / "metrics.jsonl")
+    if resume == "never":
+        if steps or has_metrics:
+            raise ResumeError(
+                f"run.name: got {run_dir}, which holds a run already, expected a new folder for "
+                "checkpoint.resume=never; choose another run.name, or set checkpoint.resume=auto"
+            )
+        return Resume(None, 0, ())
+    given = None if resume == "auto" else Path(resume)
+    if given is not None and given.resolve().parent == checkpoints_dir(run_dir).resolve():
+        return _own_checkpoint(given, steps)
+    chosen, refused = newest_valid(run_dir)
+    remarks = (*refused, *latest_remark(run_dir, chosen))
+    if chosen is not None:
+        if given is not None:
+            remarks = (*remarks, f"checkpoint.resume={given}: {run_dir} has checkpoints of its own")
+        return Resume(chosen, step_of(chosen.name) or 0, remarks)
+    if steps or has_metrics:
+        reasons = "; ".join(refused) or "no checkpoint was saved"
+        raise ResumeError(
+            f"{run_dir}: steps were made here, but nothing can be resumed from ({reasons}); "
+            "restore a checkpoint, choose another run.name, or remove the folder"
+        )
+    if given is None:
+        return Resume(None, 0, remarks)
+    return Resume(given, verify_checkpoint(given), remarks)
+
+
+def _own_checkpoint(given: Path, steps: list[int]) -> Resume:
+    """A checkpoint of this very run, asked for by its path."""
+    step = verify_checkpoint(given)
+    newer = [other for other in steps if other > step]
+    if newer:
+        raise ResumeError(
+            f"checkpoint.resume: got {given}, but step_{newer[0]} beside it is newer; move the "
+            "newer ones away, or choose another run.name"
+        )
+    return Resume(given, step, ())
+
+
+def _has_step(path: Path) -> bool:
+    """Whether a step was recorded; an evaluation before the first one, step 0, is none."""
+    try:
+        with open(path, "rb") as file:
+            line = file.readline()
+            if re.match(rb'\{"step": 0[,}]', line):
+                line = file.readline()
+            return line.endswith(b"\n")
+    except FileNotFoundError:
+        return False
+
+
+# Ranks without an engine wait in a collective while a leader's engine starts (LocalSettings.
+# start_seconds) or answers (rollout.deadline_seconds), and a while longer for a busy machine.
+START_SECONDS, MARGIN_SECONDS = 600.0, 300.0
+
+
+def longest_wait_seconds(config: Config) -> float:
+    """After which a rank that waits for the others says that one is gone."""
+    return max(config.rollout.deadline_seconds, START_SECONDS) + MARGIN_SECONDS
+
+
+def resolved_device(config: Config) -> str:
+    """cpu or cuda; what is asked for and missing is an error."""
+    asked, has_gpu = config.parallel.device, torch.cuda.is_available()
+    if asked == "cuda" and not has_gpu:
+        remedy = "set parallel.device=cpu"
+        raise refusal("parallel.device", "cuda", "a GPU that torch can use", remedy)
+    return asked if asked != "auto" else "cuda" if has_gpu else "cpu"
+
+
+def resolved_layer_spec(config: Config, device: str) -> LayerSpec:
+    """te or local; what is asked for and missing is an error."""
+    has_te = device == "cuda" and find_spec("transformer_engine") is not None
+    asked = config.parallel.backend
+    if asked == "te" and not has_te:
+        expected = "transformer_engine installed, and a GPU"
+        raise refusal("parallel.backend", "te", expected, "set parallel.backend=local")
+    if asked != "auto":
+        return cast(LayerSpec, asked)
+    return "te" if has_te else "local"
+
+
+def choose_resume(run_dir: Path, resume: str) -> Resume:
+    """`run_resume.choose` on rank 0, told to all ranks.
+
+    Raises:
+        UserError: on every rank.
+    """
+    chosen = in_step_all(lambda: choose(run_dir, resume) if dist.get_rank() == 0 else None)[0]
+    assert chosen is not None
+    return chosen

@@ -1,0 +1,103 @@
+"""How a run ended, as the exit status of the script that started it (rule R8).
+
+torchrun says 1 whatever its ranks said, so a launch script asks the run's `status.json` instead::
+
+    0    done
+    75   stopped and saved: start it again, and it goes on
+    93   do not start it again: a mistake, or the run has given up
+    1    anything else: a crash, a killed process, no word at all
+
+The file of an earlier start must not speak for this one, so the script has it removed first.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+from megatron_vopd.config import load_config
+from megatron_vopd.errors import UserError
+from megatron_vopd.files.atomic_file import (
+    replace_text,
+)
+from megatron_vopd.run.folder import BEST_NAME, MAX_STATUS_BYTES, STATUS_NAME, hf_dir, step_dir
+
+DONE, CRASHED, PREEMPTED, FINAL = 0, 1, 75, 93
+_CODES = {"done": DONE, "preempted": PREEMPTED, "do not requeue": FINAL, "crash": CRASHED}
+_MEANINGS = {
+    DONE: "done",
+    PREEMPTED: "stopped, nothing lost; the same command goes on from there",
+    FINAL: "starting it again would not help",
+    CRASHED: "the same command goes on from the last checkpoint",
+}
+
+
+def run_dir_of(config_path: str, overrides: list[str]) -> Path:
+    """The run folder that a configuration names; raises ConfigError."""
+    run = load_config(config_path, overrides).run
+    return Path(run.dir) / run.name
+
+
+def clear(run_dir: Path) -> None:
+    """Forget how an earlier process ended."""
+    try:
+        (run_dir / STATUS_NAME).unlink(missing_ok=True)
+    except OSError as error:
+        raise UserError(f"{run_dir / STATUS_NAME}: {error.strerror}; remove it") from None
+
+
+def exit_code(run_dir: Path) -> tuple[int, str]:
+    """The exit status that `status.json` stands for, and a line for the reader."""
+    path = run_dir / STATUS_NAME
+    try:
+        with open(path, encoding="utf-8", errors="replace") as file:
+            status = json.loads(file.read(MAX_STATUS_BYTES))
+        reason, step = status["reason"], status["step"]
+        code = _CODES[reason]
+    except FileNotFoundError:
+        return CRASHED, f"{path}: not there; the run was killed, or did not begin"
+    except OSError as error:
+        return CRASHED, f"{path}: {error.strerror}; how the run ended is not known"
+    except (ValueError, KeyError, TypeError, RecursionError):
+        return CRASHED, f"{path}: not what a run writes; how the run ended is not known"
+    message = f" ({status['message']})" if status.get("message") else ""
+    return code, f"{path}: {reason} after step {step}{message}; {_MEANINGS[code]}"
+
+
+Reason = Literal["done", "preempted", "do not requeue", "crash"]
+
+
+@dataclass(frozen=True)
+class Status:
+    """How a process ended (rule R8).
+
+    Attributes:
+        step: steps made, of which the last checkpoint may hold fewer.
+        last_checkpoint: its name in `checkpoints`; None: there is none.
+        requeue: whether starting again may help.
+        message: of the error, if any.
+    """
+
+    reason: Reason
+    step: int
+    last_checkpoint: str | None
+    requeue: bool
+    message: str = ""
+
+
+def write_status(run_dir: Path, status: Status) -> None:
+    """What the launch script reads after the ranks have ended."""
+    replace_text(run_dir / STATUS_NAME, json.dumps(asdict(status)) + "\n")
+
+
+def write_best(run_dir: Path, metric: str, value: float, step: int) -> None:
+    """The best evaluation; its checkpoint and export are named by paths in the run folder."""
+    folders = {"checkpoint": step_dir(run_dir, step), "hf": hf_dir(run_dir, step)}
+    found = {
+        key: str(folder.relative_to(run_dir)) if folder.is_dir() else None
+        for key, folder in folders.items()
+    }
+    best = {"metric": metric, "value": value, "step": step, **found}
+    replace_text(run_dir / BEST_NAME, json.dumps(best) + "\n")

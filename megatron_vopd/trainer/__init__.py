@@ -1,0 +1,1 @@
+"""The training step: collect, pack, score, loss, guard, metrics, evaluation."""

@@ -1,0 +1,327 @@
+"""The responses of a step: sampled by the leaders' engines, given with the data, or both.
+
+Every rank draws the same prompts. Data-parallel leader d asks its engine for prompts d, d + dp, ...
+and grades the answers; then all ranks share them. When an engine fails, all ranks push the current
+weights again, which starts it anew, and ask once more: responses have seeds of their own, so the
+answer is what it would have been. With `max_staleness: 1` the leaders' engines
+sample the next step's responses while the current one trains, in a thread that only waits for the
+engine's process: no megatron-core and no collective leaves the main thread. A push waits for it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from megatron_vopd.collectives import StopFlag, raise_together
+from megatron_vopd.data.grading import Outcome
+from megatron_vopd.data.responses import shortened
+from megatron_vopd.errors import EngineError
+from megatron_vopd.megatron.groups import Groups
+from megatron_vopd.rollout.engine import Engine, Progress, Sampling, step_seed
+from megatron_vopd.rollout.validate import check_rollouts
+from megatron_vopd.trainer.exchange import Graded, share_outcomes, share_rollouts
+from megatron_vopd.trainer.settings import StepSettings
+from megatron_vopd.types import Prompt, Rollout
+
+# How long after the engine's own deadline a generation in a thread is waited for.
+GRACE_SECONDS = 30.0
+
+
+class PromptSource(Protocol):
+    """A stream of prompts that a resumed run goes on with."""
+
+    def next(self, n: int) -> list[Prompt]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class ResponseSource(Protocol):
+    """The same, of given responses."""
+
+    def next(self, n: int) -> list[Rollout]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+Grader = Callable[[Rollout], float]
+Push = Callable[[int], Any]  # policy version -> report; a collective that restarts dead engines
+Answer = list[tuple[Rollout, float]]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one step asks the engines for, the same on every rank but for who shows progress."""
+
+    prompts: list[Prompt]
+    sampling: Sampling
+    progress: Progress | None = None
+
+
+class RolloutCollector:
+    """See the module docstring. All public methods are collectives of the whole world.
+
+    Args:
+        engine: of this rank when it is a data-parallel leader, else None.
+        prompts: to be answered; None when all responses are given.
+        responses: given responses, where the settings ask for some.
+        grader: rollout -> grade, called on the leaders; None: no grades.
+        push: gives all engines the student's weights under a version; None: no engine.
+        stop: a request to stop ends the wait for an engine; None: nothing does.
+        vocab_size: ids that may be trained on: those that student and teachers share.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        engine: Engine | None,
+        prompts: PromptSource | None,
+        settings: StepSettings,
+        vocab_size: int,
+        device: str,
+        responses: ResponseSource | None = None,
+        grader: Grader | None = None,
+        push: Push | None = None,
+        stop: StopFlag | None = None,
+    ) -> None:
+        self._groups, self._engine, self._settings = groups, engine, settings
+        self._prompts, self._responses, self._grader = prompts, responses, grader
+        self._vocab_size, self._device, self._push = vocab_size, device, push
+        self._stop = stop
+        self._flight: _Flight | None = None
+        self._ready: list[Graded] | None = None
+
+    def take(self, step: int, limit: int, policy_version: int) -> list[Graded]:
+        """The responses of `step`; with staleness 1, then starts those of the next step.
+
+        Args:
+            limit: longest response, in tokens.
+            policy_version: of the trainer's weights.
+
+        Raises:
+            EngineError: on every rank, when an engine failed or answered wrongly on any.
+        """
+        self.settle(policy_version)
+        graded, self._ready = self._ready, None
+        asks = self._settings.num_asked > 0
+        if graded is None:
+            graded = self._collect(self._request(step, limit), policy_version) if asks else []
+        if self._settings.max_staleness and asks:
+            self._flight = _Flight(self._generate, self._request(step + 1, limit))
+        if self._settings.num_given:
+            assert self._responses is not None, "given responses without a source"
+            given = self._responses.next(self._settings.num_given)
+            start = len(graded)
+            graded += [Graded(start + i, shortened(r, limit)) for i, r in enumerate(given)]
+        return graded
+
+    def settle(self, policy_version: int) -> None:
+        """Wait for the generation in flight, if any; its responses are kept for `take`."""
+        if self._flight is None:
+            return
+        flight, self._flight = self._flight, None
+        deadline = self._settings.deadline_seconds + GRACE_SECONDS
+        # Not ended by a request to stop: weights may have changed since the step began, so that
+        # these responses could not be sampled again.
+        own = self._own(
+            flight.request,
+            lambda: flight.result(deadline),
+            lambda: self._generate(flight.request),
+            policy_version,
+        )
+        self._ready = self._shared(flight.request, own)
+
+    def push(self, policy_version: int) -> None:
+        """Give the engines the student's weights, once nothing is sampled from the old ones."""
+        self.settle(policy_version)
+        if self._push is not None:
+            self._push(policy_version)
+
+    def sample(
+        self, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int
+    ) -> list[Rollout]:
+        """Responses to prompts of one's own (held-out ones), on every rank."""
+        self.settle(policy_version)
+        graded = self._collect(Request(list(prompts), sampling), policy_version)
+        return [one.rollout for one in graded]
+
+    def outcomes(
+        self,
+        prompts: Sequence[Prompt],
+        sampling: Sampling,
+        policy_version: int,
+        progress: Progress | None = None,
+    ) -> list[Outcome]:
+        """Grades and lengths of responses to prompts of one's own, in order, on every rank.
+
+        Args:
+            progress: of this rank's engine.
+        """
+        self.settle(policy_version)
+        own = self._asked(Request(list(prompts), sampling, progress), policy_version)
+        return share_outcomes(own, self._device)
+
+    def state_dict(self, policy_version: int) -> dict[str, Any]:
+        """JSON values: positions of the data, and responses sampled but not yet trained on."""
+        self.settle(policy_version)
+        ready = self._ready
+        return {
+            "prompts": None if self._prompts is None else self._prompts.state_dict(),
+            "responses": None if self._responses is None else self._responses.state_dict(),
+            "ready": None if ready is None else [_values_of(graded) for graded in ready],
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        # A generation in flight belongs to what is being left; nobody waits for its thread.
+        self._flight = None
+        if self._prompts is not None:
+            self._prompts.load_state_dict(state["prompts"])
+        if self._responses is not None:
+            self._responses.load_state_dict(state["responses"])
+        ready = state["ready"]
+        self._ready = None if ready is None else [_graded_from(values) for values in ready]
+
+    def _request(self, step: int, limit: int) -> Request:
+        settings = self._settings
+        sampling = Sampling(
+            max_tokens=limit,
+            samples=settings.samples_per_prompt,
+            temperature=settings.temperature,
+            top_p=settings.top_p,
+            seed=step_seed(settings.seed, step),
+            stop_ids=settings.stop_ids,
+        )
+        assert self._prompts is not None, "responses asked for without a stream of prompts"
+        return Request(self._prompts.next(settings.num_asked), sampling)
+
+    def _collect(self, request: Request, policy_version: int) -> list[Graded]:
+        return self._shared(request, self._asked(request, policy_version))
+
+    def _shared(self, request: Request, own: list[Graded]) -> list[Graded]:
+        return share_rollouts(own, request.prompts, request.sampling.samples, self._device)
+
+    def _asked(self, request: Request, policy_version: int) -> list[Graded]:
+        def answer() -> Answer:
+            with nullcontext() if self._stop is None else self._stop.abortable():
+                answers = self._generate(request)
+            if self._engine is not None:
+                # Teacher and student have the device until the next push or generation.
+                self._engine.sleep()
+            return answers
+
+        return self._own(request, answer, answer, policy_version)
+
+    def _generate(self, request: Request) -> Answer:
+        """This leader's share of the answers, with grades; also called in a thread."""
+        own = self._own_prompts(request)
+        if not own:
+            return []
+        assert self._engine is not None, "a data-parallel leader without an engine"
+        rollouts = self._engine.generate(own, request.sampling, request.progress)
+        nothing = float("nan")
+        return [(r, self._grader(r) if self._grader else nothing) for r in rollouts]
+
+    def _own_prompts(self, request: Request) -> list[Prompt]:
+        at = self._groups.coordinates
+        is_leader = (at.tp, at.cp, at.pp) == (0, 0, 0)
+        return request.prompts[at.dp :: self._groups.layout.dp] if is_leader else []
+
+    def _own(
+        self,
+        request: Request,
+        answer: Callable[[], Answer],
+        again: Callable[[], Answer],
+        version: int,
+    ) -> list[Graded]:
+        """This rank's answers; after a failure on any rank from engines that were started again."""
+        try:
+            return self._own_once(request, answer, version)
+        except EngineError:
+            if self._push is None:
+                raise
+        self._push(version)
+        return self._own_once(request, again, version)
+
+    def _own_once(
+        self, request: Request, answer: Callable[[], Answer], version: int
+    ) -> list[Graded]:
+        """This rank's answers with their places; a failure on one rank is raised on all."""
+        own, error = [], None
+        samples, at, layout = (
+            request.sampling.samples,
+            self._groups.coordinates,
+            self._groups.layout,
+        )
+        try:
+            prompts = self._own_prompts(request)
+            answers = answer()
+            rollouts = [rollout for rollout, _ in answers]
+            lag = self._settings.max_staleness
+            check_rollouts(rollouts, prompts, request.sampling, version, lag, self._vocab_size)
+            for position, (rollout, grade) in enumerate(answers):
+                index, sample = divmod(position, samples)
+                order = (at.dp + index * layout.dp) * samples + sample
+                own.append(Graded(order, rollout, grade))
+        except Exception as caught:  # whatever it is: the other ranks wait to be told
+            error = caught
+        raise_together(error)
+        return own
+
+
+class _Flight:
+    """A generation in a thread of its own, which dies with the process."""
+
+    def __init__(self, generate: Callable[[Request], Any], request: Request) -> None:
+        self.request = request
+        self._generate = generate
+        self._answer: Any = None
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._answer = self._generate(self.request)
+        except Exception as error:  # raised in the main thread, by `result`
+            self._error = error
+
+    def result(self, timeout_seconds: float) -> Any:
+        self._thread.join(timeout_seconds)
+        if self._thread.is_alive():
+            raise EngineError(
+                f"rollout: no answer after {timeout_seconds:g} s (rollout.deadline_seconds)"
+            )
+        if self._error is not None:
+            raise self._error
+        return self._answer
+
+
+def _values_of(graded: Graded) -> dict[str, Any]:
+    """JSON values; by reference, because a step's state is taken before each step."""
+    prompt = vars(graded.rollout.prompt)
+    return {**vars(graded), "rollout": {**vars(graded.rollout), "prompt": prompt}}
+
+
+def _graded_from(values: dict[str, Any]) -> Graded:
+    """A `Graded` from `_values_of`, which may have gone through JSON."""
+    rollout, prompt = values["rollout"], values["rollout"]["prompt"]
+    logprobs = rollout["rollout_logprobs"]
+    return Graded(
+        values["order"],
+        Rollout(
+            Prompt(prompt["prompt_id"], tuple(prompt["ids"]), prompt["answer"], prompt["teacher"]),
+            rollout["sample"],
+            tuple(rollout["response_ids"]),
+            None if logprobs is None else tuple(logprobs),
+            rollout["finish_reason"],
+            rollout["policy_version"],
+        ),
+        values["grade"],
+    )

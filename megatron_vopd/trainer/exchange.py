@@ -1,0 +1,114 @@
+"""Rollouts of the ranks that generated them -> the same list on every rank of the world.
+
+Two all-gathers: integers (order, sample, length, finish reason, version, then the response ids)
+and fp64 numbers (grade, then log-probs), each padded to the largest contribution. Prompts are not
+sent: every rank drew the same ones. Before that, one exchange of error texts: a rank whose engine
+failed makes all ranks raise, instead of leaving them in a collective.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_vopd.data.grading import Outcome
+from megatron_vopd.types import FinishReason, Prompt, Rollout
+
+_HEADER = 6
+_FINISH: tuple[FinishReason, ...] = ("stop", "length")
+
+
+@dataclass(frozen=True)
+class Graded:
+    """A rollout with its place in the step's list, and its grade (NaN: not graded)."""
+
+    order: int
+    rollout: Rollout
+    grade: float = math.nan
+
+
+def share_rollouts(
+    own: Sequence[Graded], prompts: Sequence[Prompt], samples: int, device: torch.device | str
+) -> list[Graded]:
+    """All ranks' rollouts in order. Every rank of the world calls it with its own (or none).
+
+    Args:
+        prompts: of the step, the same on every rank; rollout `order` answers prompt
+            `order // samples`.
+    """
+    integers, numbers = _encode(own)
+    all_integers = _gather(torch.tensor(integers, dtype=torch.int64, device=device))
+    all_numbers = _gather(torch.tensor(numbers, dtype=torch.float64, device=device))
+    shared = [
+        graded
+        for ints, floats in zip(all_integers, all_numbers, strict=True)
+        for graded in _decode(ints.tolist(), floats.tolist(), prompts, samples)
+    ]
+    return sorted(shared, key=lambda graded: graded.order)
+
+
+def share_outcomes(own: Sequence[Graded], device: torch.device | str) -> list[Outcome]:
+    """Grades and lengths of all ranks' rollouts in order; the tokens stay where they are.
+
+    Every rank of the world calls it with its own (or none). An all-gather of four fp64 numbers for
+    each rollout.
+    """
+    numbers = [
+        (one.order, one.grade, len(one.rollout.response_ids), one.rollout.finish_reason == "length")
+        for one in own
+    ]
+    flat = [float(number) for row in numbers for number in row]
+    gathered = _gather(torch.tensor(flat, dtype=torch.float64, device=device))
+    rows = sorted(tuple(row) for part in gathered for row in part.view(-1, 4).tolist())
+    return [Outcome(grade, int(length), bool(cut)) for _, grade, length, cut in rows]
+
+
+def _encode(own: Sequence[Graded]) -> tuple[list[int], list[float]]:
+    integers: list[int] = []
+    numbers: list[float] = []
+    for graded in own:
+        rollout = graded.rollout
+        length, finish = len(rollout.response_ids), _FINISH.index(rollout.finish_reason)
+        has_logprobs = int(rollout.rollout_logprobs is not None)
+        integers += [graded.order, rollout.sample, length, finish, rollout.policy_version]
+        integers += [has_logprobs, *rollout.response_ids]
+        numbers += [graded.grade, *(rollout.rollout_logprobs or ())]
+    return integers, numbers
+
+
+def _decode(
+    integers: list[int], numbers: list[float], prompts: Sequence[Prompt], samples: int
+) -> list[Graded]:
+    found, at, number_at = [], 0, 0
+    while at < len(integers):
+        order, sample, length, finish, version, has_logprobs = integers[at : at + _HEADER]
+        at += _HEADER
+        grade, logprobs = numbers[number_at], None
+        number_at += 1
+        if has_logprobs:
+            logprobs = tuple(numbers[number_at : number_at + length])
+            number_at += length
+        prompt = prompts[order // samples]
+        ids = tuple(integers[at : at + length])
+        at += length
+        rollout = Rollout(prompt, sample, ids, logprobs, _FINISH[finish], version)
+        found.append(Graded(order, rollout, grade))
+    return found
+
+
+def _gather(own: Tensor) -> list[Tensor]:
+    """The one-dimensional tensors of all ranks, of different lengths."""
+    world = range(dist.get_world_size())
+    sizes = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in world]
+    dist.all_gather(sizes, torch.tensor([len(own)], device=own.device))
+    longest = max(int(size) for size in sizes)
+    padded = own.new_zeros(longest)
+    padded[: len(own)] = own
+    everyone = [torch.empty_like(padded) for _ in world]
+    dist.all_gather(everyone, padded)
+    return [row[: int(size)].cpu() for row, size in zip(everyone, sizes, strict=True)]

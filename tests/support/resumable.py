@@ -1,0 +1,135 @@
+"""Small runs that can be saved and resumed: a scripted engine, real models and optimizers."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_vopd.checkpoint.optimizer import _joined, _kinds, _slots
+from megatron_vopd.checkpoint.random_states import random_bytes
+from megatron_vopd.collectives import StopFlag
+from megatron_vopd.curriculum import EntropyGatedLength
+from megatron_vopd.data.stream import PromptStream
+from megatron_vopd.megatron.groups import Groups, destroy_groups, student_groups
+from megatron_vopd.megatron.student import Student
+from megatron_vopd.megatron.weights import export_tensors
+from megatron_vopd.run.checkpoints import RunCheckpoints
+from megatron_vopd.trainer.collector import RolloutCollector
+from megatron_vopd.trainer.settings import StepSettings
+from megatron_vopd.trainer.trainer import Trainer
+from megatron_vopd.types import Prompt
+from tests.support.scripted import ScriptedEngine
+from tests.support.steps import Setup, objective
+
+VOCAB = 61
+# Three of eight per step: an epoch ends inside steps 3, 6 and 8.
+PROMPTS = [Prompt(f"p{i}", (i, 2 * i + 1, 60 - i), None, "teacher") for i in range(8)]
+
+
+@dataclass
+class Made:
+    """A run on this rank."""
+
+    groups: Groups
+    student: Student
+    trainer: Trainer
+    checkpoints: RunCheckpoints
+    said: list[str]
+
+
+def make(
+    setup: Setup,
+    run_dir: Path,
+    keep: int = 2,
+    staleness: int = 0,
+    changes: Any = None,
+    stop: StopFlag | None = None,
+    engine: ScriptedEngine | None = None,
+) -> Made:
+    """Build a run of `setup.case.layout`; the layout before it is given up.
+
+    Args:
+        changes: replaces parts of the identity.
+    """
+    destroy_groups()
+    groups = student_groups(setup.case.layout)
+    student = setup.student(groups)
+    engine = engine or ScriptedEngine(VOCAB)
+    engine.update_weights([], 0)
+    at = groups.coordinates
+    own = engine if (at.tp, at.cp, at.pp) == (0, 0, 0) else None
+    settings = StepSettings(
+        objective("vopd_full"),
+        num_prompts=3,
+        samples_per_prompt=2,
+        max_tokens_per_microbatch=64,
+        max_staleness=staleness,
+    )
+
+    def push(policy_version: int) -> None:
+        engine.update_weights([], policy_version)
+
+    stream = PromptStream(PROMPTS, seed=3)
+    collector = RolloutCollector(groups, own, stream, settings, VOCAB, "cpu", push=push, stop=stop)
+    curriculum = EntropyGatedLength((6, 9, 12), interval=2)
+    teachers, held_out = setup.teachers(student), PROMPTS[:2]
+    trainer = Trainer(
+        student, teachers, collector, curriculum, settings, held_out=held_out, stop=stop
+    )
+    said: list[str] = []
+    known = {"config": {}, "model": asdict(student.facts), "teachers": {"teacher": "x"}}
+    checkpoints = RunCheckpoints(
+        run_dir,
+        Path(setup.student_dir),
+        student,
+        trainer,
+        known | (changes or {}),
+        keep,
+        said.append,
+    )
+    return Made(groups, student, trainer, checkpoints, said)
+
+
+def resume_engine(made: Made) -> None:
+    """The engines get the weights of the version that was loaded, as a start does."""
+    made.trainer.collector.push(made.trainer.policy_version)
+
+
+def raw_state(made: Made) -> dict[str, str]:
+    """Hashes of everything that this rank holds, as it lies in memory."""
+    found = {f"param {n}": digest(p) for n, p in made.student.bare.named_parameters()}
+    optimizer = made.student.optimizer
+    for number, member in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
+        groups = member.optimizer.param_groups
+        for at, main in enumerate(main for group in groups for main in group["params"]):
+            found[f"main {number}.{at}"] = digest(main)
+            for key, value in member.optimizer.state[main].items():
+                found[f"{key} {number}.{at}"] = digest(value)
+    found["random"] = digest(random_bytes())
+    found["trainer"] = repr(made.trainer.state_dict())
+    return found
+
+
+def digest(tensor: torch.Tensor) -> str:
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+
+
+def whole_state(made: Made) -> dict[str, str]:
+    """Hashes of parameters and moments by HF name, whatever the layout."""
+    student, slots = made.student, _slots(made.student)
+    parameters = dict(student.bare.named_parameters())
+    kinds: dict[str, Callable[[str], torch.Tensor]] = {"param": lambda name: parameters[name]}
+    for kind in _kinds(next(iter(parameters.values()))):
+        kinds[kind] = lambda name, kind=kind: _joined(slots[name], kind, parameters[name])
+    found = {}
+    for kind, of in kinds.items():
+        shards = {name: of(name) for name in parameters}
+        exported = export_tensors(shards, student.facts, student.groups)
+        found |= {f"{kind} {name}": digest(tensor) for name, tensor in exported}
+    return found

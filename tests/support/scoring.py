@@ -1,0 +1,59 @@
+"""The trainer's own log-probs of given sequences, forward only through its schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.pipeline_parallel import get_forward_backward_func
+
+from megatron_vopd.hf.facts import ModelFacts
+from megatron_vopd.megatron.groups import Groups
+from tests.support.training import vocabulary_logits
+
+
+def score(
+    model: Any,
+    facts: ModelFacts,
+    groups: Groups,
+    sequences: Sequence[Sequence[int]],
+    sequence_parallel: bool = False,
+) -> list[list[float]]:
+    """log p(ids[i] | ids[:i]) for i >= 1 of each sequence, on every rank; all replicas compute."""
+    if not sequences:
+        return []
+    longest = max(map(len, sequences))
+    length = longest + -longest % 4
+    rows = torch.zeros(len(sequences), length, dtype=torch.long)
+    for row, ids in zip(rows, sequences, strict=True):
+        row[: len(ids)] = torch.tensor(ids)
+    scored: list[torch.Tensor] = []
+
+    def step(iterator: Any, stage: Any) -> Any:
+        next(iterator)
+        hidden = stage(rows, torch.arange(length)[None], None)
+
+        def collect(output: torch.Tensor, non_loss_data: bool = True) -> None:
+            logits = vocabulary_logits(output, stage, facts, groups, sequence_parallel)
+            logprobs = logits[:, :-1].float().log_softmax(-1)
+            scored.append(logprobs.gather(-1, rows[:, 1:, None])[..., 0])
+
+        return hidden, collect
+
+    with torch.no_grad():
+        get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter([None]),
+            model=[model],
+            num_microbatches=1,
+            seq_length=length,
+            micro_batch_size=len(sequences),
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+    result = scored[0] if scored else torch.zeros(len(sequences), length - 1)
+    dist.broadcast(result, group=groups.pp, group_src=groups.layout.pp - 1)
+    pairs = zip(result.tolist(), sequences, strict=True)
+    return [row[: len(ids) - 1] for row, ids in pairs]

@@ -1,0 +1,143 @@
+"""The smallest real training step on megatron-core: schedule, DDP, cross-entropy, finalisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from megatron.core.distributed import (
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+    finalize_model_grads,
+)
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.tensor_parallel import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_sequence_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
+from torch.nn.functional import cross_entropy, linear, pad
+
+from megatron_vopd.hf.facts import ModelFacts
+from megatron_vopd.megatron.attention import packed_params
+from megatron_vopd.megatron.groups import Groups
+from megatron_vopd.megatron.model import head_weight
+
+ROW_LENGTH = 24
+
+
+@dataclass(frozen=True)
+class Microbatch:
+    """Sequences with next-token labels, as padded rows [B, 24] or as one packed row [1, T]."""
+
+    sequences: tuple[torch.Tensor, ...]
+    labels: tuple[torch.Tensor, ...]
+    packed: bool
+
+    def rows(self) -> torch.Tensor:
+        """Token ids as the model takes them; the packed row is filled up to a multiple of 4."""
+        if not self.packed:
+            return torch.stack([pad(ids, (0, ROW_LENGTH - len(ids))) for ids in self.sequences])
+        row = torch.cat(self.sequences)
+        return pad(row, (0, -len(row) % 4))[None]
+
+    def lengths(self) -> list[int]:
+        """Of the sequences in a packed row; the filling is a sequence of its own."""
+        lengths = [len(ids) for ids in self.sequences]
+        filling = self.rows().numel() - sum(lengths)
+        return [*lengths, filling] if filling else lengths
+
+    def split(self, outputs: torch.Tensor) -> list[torch.Tensor]:
+        """Outputs [B, S, ...] of `rows()` cut back into sequences, without padding."""
+        if self.packed:
+            return list(outputs[0].split(self.lengths()))[: len(self.sequences)]
+        return [row[: len(ids)] for row, ids in zip(outputs, self.sequences, strict=True)]
+
+
+def make_microbatches(vocab_size: int, seed: int = 1) -> list[Microbatch]:
+    """One padded and one packed microbatch of random tokens; the last id occurs in each row."""
+    generator = torch.Generator().manual_seed(seed)
+    batches = []
+    for packed, lengths in ((False, (24, 13)), (True, (9, 1, 17, 12))):
+        sequences, labels = [], []
+        for length in lengths:
+            ids = torch.randint(0, vocab_size, (length + 1,), generator=generator)
+            ids[-1] = vocab_size - 1
+            sequences.append(ids[:-1])
+            labels.append(ids[1:])
+        batches.append(Microbatch(tuple(sequences), tuple(labels), packed))
+    return batches
+
+
+def wrap(model: Any, groups: Groups, **settings: Any) -> DistributedDataParallel:
+    """megatron-core's DDP, with gradients summed over tokens and divided by their number."""
+    model.config.finalize_model_grads_func = finalize_model_grads
+    config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **settings)
+    return DistributedDataParallel(model.config, config, model)
+
+
+def vocabulary_logits(
+    hidden: torch.Tensor, model: Any, facts: ModelFacts, groups: Groups, sequence_parallel: bool
+) -> torch.Tensor:
+    """Hidden states [B, S(/tp), D] through the sharded head to whole logits [B, S, V]."""
+    if sequence_parallel and groups.layout.tp > 1:
+        hidden = hidden.transpose(0, 1)
+        hidden = gather_from_sequence_parallel_region(hidden, group=groups.tp).transpose(0, 1)
+    else:
+        hidden = copy_to_tensor_model_parallel_region(hidden, group=groups.tp)
+    shard = linear(hidden, head_weight(model))
+    return gather_from_tensor_model_parallel_region(shard, group=groups.tp)[..., : facts.vocab_size]
+
+
+def forward_backward(
+    ddp: DistributedDataParallel,
+    facts: ModelFacts,
+    groups: Groups,
+    batches: list[Microbatch],
+    sequence_parallel: bool,
+    loss_sum: Callable[[torch.Tensor, Any, Microbatch], torch.Tensor] | None = None,
+) -> list[list[torch.Tensor]]:
+    """Gradients of a token-mean loss into `main_grad`, over all data-parallel replicas.
+
+    Args:
+        loss_sum: hidden states, model, microbatch -> the sum over its tokens (cross-entropy).
+
+    Returns:
+        On the last stage the logits of every sequence of every microbatch, elsewhere nothing; empty
+        lists with a `loss_sum` of one's own.
+    """
+    seen: list[list[torch.Tensor]] = []
+
+    def cross_entropy_sum(output: torch.Tensor, model: Any, batch: Microbatch) -> torch.Tensor:
+        whole = vocabulary_logits(output, model, facts, groups, sequence_parallel)
+        logits = batch.split(whole)
+        seen.append([row.detach() for row in logits])
+        return cross_entropy(torch.cat(logits), torch.cat(batch.labels), reduction="sum")
+
+    def step(batch_iterator: Any, model: Any) -> Any:
+        batch = next(batch_iterator)
+        rows = batch.rows()
+        packing = packed_params(batch.lengths(), "cpu") if batch.packed else None
+        hidden = model(rows, torch.arange(rows.shape[1])[None], None, packed_seq_params=packing)
+
+        def loss(output: torch.Tensor) -> Any:
+            total = (loss_sum or cross_entropy_sum)(output, model.module, batch)
+            num_tokens = torch.tensor(sum(map(len, batch.labels)), dtype=torch.int)
+            return total, num_tokens, {"loss": total.detach()}
+
+        return hidden, loss
+
+    ddp.zero_grad_buffer()
+    losses = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(batches),
+        model=[ddp],
+        num_microbatches=len(batches),
+        seq_length=ROW_LENGTH,
+        micro_batch_size=1,
+        forward_only=False,
+    )
+    assert len(losses) == (len(batches) if groups.is_last_stage else 0)
+    return seen

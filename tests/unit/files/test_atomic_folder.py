@@ -1,0 +1,144 @@
+"""Folders that appear whole or not at all, and pickles that are read without running anything."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+
+from megatron_vopd.checkpoint.safe_pickle import Inert, PickleRefusedError, read_inert
+from megatron_vopd.files import atomic_folder as publish
+from megatron_vopd.files.atomic_file import PublishError
+from megatron_vopd.files.atomic_folder import staging_folder, verify_manifest
+from tests.support.tools import load_tool
+
+
+def _publish(out: Path) -> Path:
+    with staging_folder(out) as staging:
+        staging.write("a", b"alpha")
+        staging.write("deep/er/b", b"x" * 3_000_000)
+        staging.publish(out, staging.records, {"kind": "test"})
+    return out
+
+
+def test_published_folder_verifies(tmp_path: Path) -> None:
+    out = _publish(tmp_path / "out")
+    manifest = verify_manifest(out)
+    assert manifest is not None and manifest["kind"] == "test"
+    assert [(record.name, record.size) for record in manifest["files"]] == [
+        ("a", 5),
+        ("deep/er/b", 3_000_000),
+    ]
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a", b"alphA", "content is not"),
+        ("a", b"alph", "4 bytes"),
+        ("deep/er/b", None, "missing"),
+        ("manifest.json", b"{}", "readable manifest"),
+        (
+            "manifest.json",
+            b'{"format": 1, "files": [{"name": "../a", "size": 1, "sha256": ""}]}',
+            "../a",
+        ),
+    ],
+)
+def test_changed_files_are_named(
+    name: str, content: bytes | None, words: str, tmp_path: Path
+) -> None:
+    out = _publish(tmp_path / "out")
+    if content is None:
+        (out / name).unlink()
+    else:
+        (out / name).write_bytes(content)
+    with pytest.raises(PublishError) as caught:
+        verify_manifest(out)
+    assert name in str(caught.value) and words in str(caught.value)
+
+
+def test_failure_leaves_nothing(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ZeroDivisionError),
+        staging_folder(tmp_path / "out") as staging,
+        staging.create("a") as file,
+    ):
+        file.write(b"half")
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []
+
+
+def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -> None:
+    dead = tmp_path / "out.tmp-0123456789ab"
+    dead.mkdir()
+    (dead / "a").write_text("")
+    other = tmp_path / "output.tmp-0123456789ab"
+    other.mkdir()
+    with staging_folder(tmp_path / "out") as living, staging_folder(tmp_path / "out"):
+        assert not dead.exists() and other.exists() and living.path.exists()
+
+
+def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(PublishError, match="appeared meanwhile"), staging_folder(out) as staging:
+        out.mkdir()
+        staging.publish(out, [], {})
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == []
+
+
+def test_pickles_become_inert() -> None:
+    value = read_inert(io.BytesIO(pickle.dumps({"path": Path("x")})), {"pathlib.PosixPath"})
+    assert isinstance(value["path"], Inert) and value["path"].args == ("x",)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        pickle.dumps(os.system),
+        pickle.dumps(print),
+        b"cpathlib\nPosixPath\n(S'x'\nS'y'\nd}b.",
+        b"\x80\x04",
+        b"",
+        pickle.dumps(Path("x"))[:-4],
+    ],
+)
+def test_other_pickles_are_refused(content: bytes) -> None:
+    with pytest.raises(PickleRefusedError):
+        read_inert(io.BytesIO(content), {"pathlib.PosixPath"})
+
+
+@pytest.mark.parametrize(
+    "tool", ["convert_hf_to_megatron", "convert_megatron_to_hf", "check_conversion"]
+)
+def test_help_has_examples(tool: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as end:
+        load_tool(tool).main(["--help"])
+    text = capsys.readouterr().out
+    assert end.value.code == 0
+    assert f"python tools/{tool}.py" in text.split("examples:")[1]
+
+
+def test_a_large_piece_outlives_the_small_ones_after_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Small pieces do not end the hold on a large one that is still being written."""
+    monkeypatch.setattr(publish, "_UNDER_WAY", 2**20)
+    held: list[int] = []
+
+    class Owner:
+        def __del__(self) -> None:
+            held.append(len(os.listdir(tmp_path)))
+
+    with staging_folder(tmp_path / "out") as staging, staging.create("a") as file:
+        file.write(bytes(2**20))
+        file.hold(Owner())
+        file.write(b"small")
+        file.hold("owner of the small piece")
+        assert not held
+        file.write(bytes(2**20))
+        assert len(held) == 1

@@ -1,0 +1,212 @@
+"""The memory formula against small cases counted by hand; its table; what is beside tensors."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_vopd.config.loading import build_config
+from megatron_vopd.config.world import layouts
+from megatron_vopd.hf.facts import ModelFacts
+from megatron_vopd.preflight.activations import layer_memory
+from megatron_vopd.preflight.memory import Machine, RankMemory, estimate, workload
+from megatron_vopd.preflight.table import memory_lines, memory_notice
+from megatron_vopd.run.dry_run import bytes_beside_tensors
+from megatron_vopd.types import Layout
+
+FACTS = ModelFacts(
+    "qwen3",
+    num_layers=2,
+    hidden_size=8,
+    ffn_size=16,
+    num_heads=2,
+    num_kv_heads=1,
+    head_dim=4,
+    vocab_size=32,
+    max_positions=64,
+    norm_eps=1e-6,
+    tied=False,
+)
+# qkv 16 x 8, proj 8 x 8, q- and k-norm 4 each, fc1 32 x 8, fc2 8 x 16, two norms of 8
+LAYER = 128 + 64 + 8 + 256 + 128 + 16
+TABLE = 32 * 8
+WHOLE = 2 * LAYER + 2 * TABLE + 8
+CPU = Machine("cpu")
+
+
+def ranks(world: int = 1, machine: Machine = CPU, **sections: dict[str, Any]) -> list[RankMemory]:
+    """Two prompts of 4 tokens, responses of 5: two rows of 8 tokens; fp32."""
+    settings: dict[str, Any] = {
+        "student": {"path": "org/a", "dtype": "fp32"},
+        "teacher": {"path": "org/b", "dtype": "fp32"},
+        "rollout": {"num_prompts": 2},
+        "curriculum": {"kind": "fixed", "ladder": [5]},
+        "data": {"train": "org/c", "max_prompt_tokens": 4},
+        "train": {"max_tokens_per_microbatch": 9},
+        "optimizer": {"distributed": False},
+    }
+    for name, section in sections.items():
+        settings[name] = settings.get(name, {}) | section
+    config = build_config(settings)
+    cuts = layouts(config, world)
+    return estimate(config, dict.fromkeys(cuts, FACTS), cuts, machine)
+
+
+def test_tokens_of_a_step() -> None:
+    (only,) = ranks()
+    assert only.phases["loss"]["hidden states"] == 2 * 5 * 8 * 4
+    config = build_config(
+        {
+            "student": {"path": "org/a"},
+            "teacher": {"path": "org/b"},
+            "rollout": {"num_prompts": 6, "samples_per_prompt": 2},
+            "curriculum": {"kind": "fixed", "ladder": [5]},
+            "data": {"train": "org/c", "max_prompt_tokens": 4},
+            "train": {"max_tokens_per_microbatch": 30},
+        }
+    )
+    work = workload(config, num_replicas=2)
+    # Six sequences of 8 tokens for each replica, in rows of 30.
+    assert (work.row, work.response, work.num_rows, work.step_response) == (30, 30, 2, 30)
+
+
+class TestHeld:
+    def test_one_rank(self) -> None:
+        held = ranks()[0].held
+        assert held["student weights"] == 4 * WHOLE == held["gradients"]
+        assert held["optimizer"] == 8 * WHOLE
+        assert held["teacher weights"] == 4 * (WHOLE - TABLE)
+        assert held["teacher head"] == 4 * TABLE
+
+    def test_bf16_has_fp32_gradients_and_main_parameters(self) -> None:
+        held = ranks(student={"dtype": "bf16"})[0].held
+        assert (held["student weights"], held["gradients"]) == (2 * WHOLE, 4 * WHOLE)
+        assert held["optimizer"] == 12 * WHOLE
+
+    def test_the_distributed_optimizer_is_shared_out(self) -> None:
+        shared = ranks(2, optimizer={"distributed": True})
+        assert [memory.held["optimizer"] for memory in shared] == [4 * WHOLE] * 2
+        whole = ranks(2)
+        assert [memory.held["optimizer"] for memory in whole] == [8 * WHOLE] * 2
+
+    def test_tensor_parallel_cuts_all_but_norms(self) -> None:
+        own = 2 * ((LAYER - 24) // 2 + 24) + TABLE + 8
+        assert [one.held["student weights"] for one in ranks(2, parallel={"tp": 2})] == [
+            4 * own
+        ] * 2
+        # The KV head of a frozen model is repeated; the head is cut on the student's boundaries.
+        teacher = 2 * ((LAYER - 24 + 64) // 2 + 24) + TABLE // 2 + 8
+        for one in ranks(2, parallel={"tp": 2}, teacher={"tp": 2}):
+            assert one.held["teacher weights"] == 4 * teacher
+            assert one.held["teacher head"] == 4 * TABLE // 2
+
+    def test_pipeline_stages_differ(self) -> None:
+        first, last = ranks(2, parallel={"pp": 2}, teacher={"pp": 2})
+        assert first.held["student weights"] == 4 * (LAYER + TABLE)
+        assert last.held["student weights"] == 4 * (LAYER + TABLE + 8)
+        assert first.held["teacher weights"] == 4 * (LAYER + TABLE)
+        assert last.held["teacher weights"] == 4 * (LAYER + 8)
+        assert "teacher head" not in first.held and last.held["teacher head"] == 4 * TABLE
+        assert "loss" not in first.phases
+
+    def test_experts_are_shared_by_ep_and_their_own_replicas(self) -> None:
+        facts = replace(
+            FACTS, model_type="qwen3_moe", num_experts=4, expert_ffn_size=6, experts_per_token=2
+        )
+        config = build_config(
+            {
+                "student": {"path": "org/a", "dtype": "fp32"},
+                "teacher": {"path": "org/b", "ep": 4, "dtype": "bf16"},
+                "parallel": {"ep": 2},
+                "rollout": {"num_prompts": 4},
+                "data": {"train": "org/c"},
+            }
+        )
+        cuts = layouts(config, 4)
+        one = estimate(config, dict.fromkeys(cuts, facts), cuts, CPU)[0]
+        shared = 2 * (128 + 64 + 8 + 16 + 4 * 8) + 2 * TABLE + 8
+        expert = 2 * 3 * 6 * 8
+        assert one.held["student weights"] == 4 * (shared + 2 * expert)
+        assert one.held["optimizer"] == 8 * (shared / 4 + 2 * expert / 2)
+        assert one.held["teacher weights"] == 2 * (shared - TABLE + expert)
+
+
+class TestPhases:
+    def test_a_layer(self) -> None:
+        one = Layout(1)
+        cpu = layer_memory(FACTS, one, "cpu", 4, trained=True)
+        # 6 hidden, 6 queries, 4 keys, 5 intermediate widths
+        assert cpu.kept == 4 * (6 * 8 + 6 * 8 + 4 * 4 + 5 * 16)
+        assert cpu.kept - cpu.kept_selective == 4 * 8 and cpu.kept_full == 4 * 8
+        te = layer_memory(FACTS, one, "te", 2, trained=True)
+        assert te.kept == 2 * (4 * 8 + (8 + 2 * 4) + 8 + (2 * 8 + 4) + 3 * 16)
+        cut = layer_memory(FACTS, Layout(2, tp=2), "te", 2, trained=False, sequence_parallel=True)
+        # hidden by sequence, queries, the repeated keys and the MLP by tp
+        assert cut.kept == 2 * (4 * 4 + (4 + 2 * 4) + 4 + (2 * 4 + 4) + 3 * 8)
+
+    def test_loss_and_backward(self) -> None:
+        loss, backward = ranks()[0].phases["loss"], ranks()[0].phases["backward"]
+        kept = 9 * (2 * 768 + 8 * 8)
+        assert loss["activations"] == kept + 9 * 8 * 4
+        assert loss["logits of a chunk"] == 2 * 9 * 32 * 4
+        assert loss["gradients of head and rows"] == 4 * TABLE + 9 * 8 * (4 + 4)
+        assert backward["activations"] == kept + 9 * 4 * (2 * 16 + 2 * 8) + 4 * 2 * 8 * 16
+
+    def test_a_chunk_bounds_the_logits(self) -> None:
+        long = ranks(
+            data={"max_prompt_tokens": 1000},
+            curriculum={"ladder": [9000]},
+            train={"max_tokens_per_microbatch": 10000},
+        )
+        assert long[0].phases["loss"]["logits of a chunk"] == 2 * 4096 * 32 * 4
+
+    def test_early_stages_hold_more_microbatches(self) -> None:
+        first, last = ranks(2, parallel={"pp": 2})
+        passing = 9 * 4 * (2 * 16 + 2 * 8) + 4 * 2 * 8 * 16
+        assert first.phases["backward"]["activations"] == 2 * 9 * (768 + 4 * 8) + passing
+        assert last.phases["backward"]["activations"] == 9 * (768 + 8 * 8) + passing
+
+    def test_an_engine_shares_the_gpu_of_one_rank_per_replica(self) -> None:
+        gpu = Machine("te", 1e9)
+        sections = {"parallel": {"tp": 2, "device": "cuda"}, "rollout": {"memory_fraction": 0.5}}
+        memory = ranks(4, gpu, **sections)
+        assert [one.phases["rollout"]["engine"] for one in memory] == [5e8, 0, 5e8, 0]
+        assert memory[0].worst_phase == "push" and memory[0].peak > 5e8
+        assert "lower rollout.memory_fraction" in str(memory_notice(memory[0], 0.4))
+
+    def test_an_offloaded_teacher_is_there_while_it_scores(self) -> None:
+        stays = ranks(machine=Machine("te"))[0]
+        leaves = ranks(machine=Machine("te"), teacher={"offload": True})[0]
+        assert "teacher weights" not in leaves.held
+        assert leaves.phases["scoring"]["weights"] == stays.held["teacher weights"]
+        assert leaves.host > stays.host == 0
+
+
+def test_the_table_shows_each_stages_largest_rank() -> None:
+    lines = memory_lines(ranks(4, parallel={"pp": 2, "tp": 2}))
+    assert lines[0].split() == ["pipeline", "stage", "0", "1"]
+    assert lines[1].split()[-2:] == ["0", "2"]
+    assert sum(line.startswith("loss:") for line in lines) == 4
+    assert len({len(line) for line in lines}) == 1
+
+
+def test_tensors_are_not_counted_beside_tensors() -> None:
+    before = bytes_beside_tensors()
+    tensor = torch.ones(16 * 2**20)
+    view = tensor[1:]
+    assert abs(bytes_beside_tensors() - before) < 8 * 2**20
+    assert before > 50 * 2**20 and view.numel()
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "x"])
+def test_the_memory_of_a_gpu_is_a_positive_number(
+    text: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_vopd.cli import main
+
+    with pytest.raises(SystemExit) as ended:
+        main(["check", "config.yaml", "--gpu-memory", text])
+    assert ended.value.code == 2 and "--gpu-memory" in capsys.readouterr().err

@@ -1,0 +1,111 @@
+"""The study tool: its figures, what it runs and does not run again, mistakes in study files."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from tests.support.tools import load_tool, run
+
+study_tool = load_tool("run_study")
+
+STUDY = """\
+title: A study
+about: What is compared.
+config: config.yaml
+overrides: [train.steps=2]
+seeds: [0, 1]
+variants:
+  one: [objective.baseline=none]
+  two: [objective.baseline=full]
+measures:
+  "right, %": {metric: eval/x/avg@1, scale: 100, digits: 1}
+  seconds: {metric: time/total_seconds, take: sum}
+"""
+
+
+def save_study(tmp_path: Path, text: str = STUDY) -> Path:
+    path = tmp_path / "study.yaml"
+    path.write_text(text)
+    return path
+
+
+def save_run(out: Path, name: str, accuracy: float, reason: str = "done") -> None:
+    folder = out / name
+    folder.mkdir(parents=True)
+    lines = [
+        {"step": 0, "eval/x/avg@1": 0.25},
+        {"step": 1, "time/total_seconds": 1.5},
+        {"step": 2, "time/total_seconds": 2.0, "eval/x/avg@1": accuracy},
+    ]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "status.json").write_text(json.dumps({"reason": reason}))
+
+
+@pytest.mark.parametrize("degrees", range(1, 10))
+def test_interval_points_are_students_t(degrees: int) -> None:
+    """The point that the tool uses holds 95 % of the density between its two signs."""
+    values = [1.0] + [0.0] * degrees
+    mean, half = study_tool.mean_and_interval(values)
+    deviation = math.sqrt(sum((v - mean) ** 2 for v in values) / degrees)
+    point = half / (deviation / math.sqrt(degrees + 1))
+    log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)
+    scale = math.exp(log_scale) / math.sqrt(degrees * math.pi)
+    num = 20_000
+    width = 2 * point / num
+    middles = (-point + (i + 0.5) * width for i in range(num))
+    mass = sum(scale * (1 + x * x / degrees) ** (-(degrees + 1) / 2) for x in middles) * width
+    assert mass == pytest.approx(0.95, abs=5e-5)
+
+
+def test_summary_of_runs_that_are_done(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    for name, accuracy in (("one-seed0", 0.5), ("one-seed1", 0.7), ("two-seed0", 0.9)):
+        save_run(out, name, accuracy)
+    save_run(out, "two-seed1", 0.1, reason="preempted")
+    done = run("run_study", save_study(tmp_path), out, "--summary-only")
+    assert done.status == 0, done.err
+    text = (out / "summary.md").read_text()
+    assert text == done.out
+    half = 12.706 * math.sqrt(0.02 / 2) * 100
+    assert f"| one | 2 | 60.0 \u00b1 {half:.1f} | 3.50 \u00b1 0.00 |" in text
+    assert "| two | 1 | 90.0 | 3.50 |" in text, "one run has no interval; the other is not done"
+    assert (out / "curves.png").stat().st_size > 1000
+    assert json.loads((out / "summary.json").read_text())["one"]["right, %"] == [50.0, 70.0]
+
+
+def test_runs_what_is_missing_and_says_what_failed(tmp_path: Path) -> None:
+    """The real command, on a configuration that is not there: three runs fail, one is left."""
+    out = tmp_path / "out"
+    save_run(out, "one-seed0", 0.5)
+    done = run("run_study", save_study(tmp_path), out, "--seeds", 0)
+    assert done.status == 1
+    assert "A study: 2 runs, 1 done already" in done.out
+    assert done.err.strip() == f"two-seed0: failed; see {out / 'two-seed0'}.log"
+    log = (out / "two-seed0.log").read_text()
+    assert "config.yaml" in log and not (out / "one-seed0.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (STUDY.replace("seeds: [0, 1]", "seeds: []"), "seeds"),
+        (STUDY.replace("title", "titel"), "title"),
+        (STUDY.replace("take: sum", "take: most"), "measures.seconds.take"),
+        (STUDY + "  broken: [", "valid YAML"),
+        ("- not a mapping\n", "study.yaml"),
+    ],
+)
+def test_mistake_in_a_study_is_one_line(tmp_path: Path, text: str, expected: str) -> None:
+    done = run("run_study", save_study(tmp_path, text), tmp_path / "out")
+    assert done.status == 2
+    assert done.err.count("\n") == 1 and expected in done.err
+    assert not (tmp_path / "out").exists()
+
+
+def test_missing_study_is_one_line(tmp_path: Path) -> None:
+    done = run("run_study", tmp_path / "none.yaml", tmp_path / "out")
+    assert done.status == 2 and "No such file" in done.err
