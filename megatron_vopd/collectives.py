@@ -1,7 +1,12 @@
 """What all ranks do as one: agree, fail, stop, add up.
 
+A rank that fails while others wait in a collective would leave them there until a deadline. So
+every action that can fail on one rank alone is made through `all_ranks` or `rank_0`: the outcomes
+are exchanged, and the first failure is raised on every rank. A failure that was caught already goes
+through `first_error` or `gather_outcomes`.
+
 A request to stop (SIGTERM, SIGINT) is heard by all ranks at the same point of a step. A signal sets
-a flag on its rank. Ranks compare flags where none of them is inside a collective: between the
+a flag on its rank; ranks compare flags where none of them is inside a collective: between the
 phases of a step, and after it. Only a leader that waits for its engine stops at once, by an
 exception that the other ranks learn of: a generation may take longer than the 30 s that a launcher
 waits.
@@ -21,78 +26,58 @@ import torch.distributed as dist
 
 from megatron_vopd.errors import EngineError, StopRequested, UserError
 
-
-class StopFlag:
-    """Whether this process was asked to stop. Driven from the main thread.
-
-    Args:
-        device: of the flag when ranks compare theirs.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.is_set = False
-        self._device = device
-        self._may_raise = False
-
-    def listen(self) -> None:
-        """From here on signals set the flag; a second one adds nothing."""
-        assert threading.current_thread() is threading.main_thread()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._asked)
-
-    def _asked(self, *_: Any) -> None:
-        self.is_set = True
-        if self._may_raise:
-            self._may_raise = False
-            raise StopRequested("asked to stop")
-
-    @contextmanager
-    def abortable(self) -> Iterator[None]:
-        """A wait that the signal ends by StopRequested; nothing in it may be a collective."""
-        self._may_raise = True
-        try:
-            if self.is_set:
-                raise StopRequested("asked to stop")
-            yield
-        finally:
-            self._may_raise = False
-
-    def anywhere(self) -> bool:
-        """Whether any rank was asked; the same on every rank. One all-reduce of a number."""
-        flag = torch.tensor([float(self.is_set)], dtype=torch.float64, device=self._device)
-        self.is_set = bool(sum_over_world(flag))
-        return self.is_set
-
-
 T = TypeVar("T")
+SPOKEN_KEY, SPEAK_SECONDS = "megatron_vopd/spoken", 5.0
 
 
-TOLD_KEY, TELL_SECONDS = "megatron_vopd/told", 5.0
+def all_ranks(action: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run `action(*args, **kwargs)` on every rank; return after all have succeeded.
 
+    Every rank of the world calls it. One all-gather of error texts.
 
-def in_step(action: Callable[[], T]) -> T:
-    """Run `action` on every rank of the world; no rank goes on before all have succeeded.
-
-    A UserError on one rank is raised on every rank, so that none waits for one that gave up; so is
-    an OSError, as a UserError.
+    Raises:
+        UserError: on every rank when any rank raised one, or an OSError.
     """
-    result: list[T] = []
-    in_step_all(lambda: result.append(action()))
-    return result[0]
+    result, error = _attempt(action, args, kwargs)
+    _exchange(None, error)
+    return result  # pyright: ignore[reportReturnType]  (there is one: no rank failed)
 
 
-def in_step_all(action: Callable[[], T]) -> list[T]:
-    """`in_step`, returning the results of all ranks in rank order; they travel pickled."""
-    error: UserError | None = None
-    result: T | None = None
+def from_all_ranks(action: Callable[..., T], *args: Any, **kwargs: Any) -> list[T]:
+    """Run `action` as `all_ranks` does; return the results of all ranks in rank order.
+
+    Results travel pickled, in one all-gather.
+    """
+    return _exchange(*_attempt(action, args, kwargs))
+
+
+def rank_0(action: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+    """Run `action(*args, **kwargs)` on rank 0 alone; return its result on every rank.
+
+    Every rank of the world calls it. The result travels pickled, in one all-gather.
+
+    Raises:
+        UserError: on every rank when rank 0 raised one, or an OSError.
+    """
+    outcome = _attempt(action, args, kwargs) if dist.get_rank() == 0 else (None, None)
+    return _exchange(*outcome)[0]
+
+
+def _attempt(
+    action: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[T | None, UserError | None]:
     try:
-        result = action()
+        return action(*args, **kwargs), None
     except UserError as caught:
-        error = caught
+        return None, caught
     except OSError as caught:
-        error = UserError(f"{caught.filename}: {caught.strerror}; check the file and its disk")
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, None if error is None else str(error)))
+        text = f"{caught.filename}: {caught.strerror}; check the file and its disk"
+        return None, UserError(text)
+
+
+def _exchange(result: Any, error: UserError | None) -> list[Any]:
+    """Return the results of all ranks; raise on every rank when any of them has an error."""
+    outcomes = _all_gather_objects((result, None if error is None else str(error)))
     if error is not None:
         raise error
     for _, message in outcomes:
@@ -101,52 +86,7 @@ def in_step_all(action: Callable[[], T]) -> list[T]:
     return [value for value, _ in outcomes]
 
 
-def broadcast_from_position(
-    tensor: torch.Tensor, position: int, group: dist.ProcessGroup
-) -> torch.Tensor:
-    """`tensor` of the rank at `position` of `group`, written over `tensor` on the others."""
-    if group.size() > 1:
-        dist.broadcast(tensor, group=group, group_src=position)
-    return tensor
-
-
-def is_first_to_tell() -> bool:
-    """True for the first rank of the world that asks: it speaks for all. No rank waits for another.
-
-    An 8-byte counter in the store through which the ranks met; without the store every rank speaks.
-    """
-    store = dist.distributed_c10d._get_default_store()
-    try:
-        store.set_timeout(datetime.timedelta(seconds=TELL_SECONDS))
-        return store.add(TOLD_KEY, 1) == 1
-    except RuntimeError:
-        return True
-
-
-def sum_over_world(values: torch.Tensor) -> torch.Tensor:
-    """The sum of all ranks' `values`, written over them, the same bits on every rank."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    return values
-
-
-def join_slices(whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """`whole` of fp32 values, of which each rank has its own slice, and zeros elsewhere.
-
-    Added up as integers, so that the bits of every value survive, -0.0 included. One all-reduce of
-    the whole tensor over `group`.
-    """
-    if group.size() > 1:
-        dist.all_reduce(whole.view(torch.int32), group=group)
-    return whole
-
-
-def on_rank_0(action: Callable[[], None]) -> None:
-    if dist.get_rank() == 0:
-        action()
-
-
-def raise_together(error: Exception | None) -> None:
+def first_error(error: Exception | None) -> None:
     """Raise on every rank when any rank has an error; the message names the first such rank.
 
     Raises:
@@ -155,11 +95,9 @@ def raise_together(error: Exception | None) -> None:
         EngineError: any other; its cause is this rank's own error, where it has one.
     """
     own = None if error is None else (_kind(error), str(error) or repr(error))
-    outcomes: list[tuple[str, str] | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, own)
-    told = [(rank, *outcome) for rank, outcome in enumerate(outcomes) if outcome is not None]
-    told.sort(key=lambda one: one[1] != StopRequested.__name__)
-    for rank, kind, message in told:
+    failed = [(rank, *one) for rank, one in enumerate(_all_gather_objects(own)) if one is not None]
+    failed.sort(key=lambda one: one[1] != StopRequested.__name__)
+    for rank, kind, message in failed:
         raise _KINDS[kind](f"rank {rank}: {message}") from error
 
 
@@ -174,23 +112,114 @@ def _kind(error: Exception) -> str:
     return (UserError if isinstance(error, UserError) else EngineError).__name__
 
 
-def first_objection(objection: str, device: torch.device | str) -> str:
-    """The objection of the lowest rank that has one, the same on every rank; empty: none has.
+def gather_outcomes(result: Any, failure: str) -> tuple[list[Any], list[str]]:
+    """Return the results of all ranks that have one, and all failures, each with its rank.
 
-    One all-reduce of a number; texts travel only when there is one.
+    Args:
+        result: of this rank; None: it has none.
+        failure: what went wrong here; empty: nothing did.
     """
-    flag = torch.tensor([float(bool(objection))], dtype=torch.float64, device=device)
-    if not float(sum_over_world(flag)):
-        return ""
-    texts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(texts, objection)
-    return next(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
-
-
-def results_and_failures(result: Any, failure: str) -> tuple[list[Any], list[str]]:
-    """Results of all ranks that have one, and the failures of all ranks with their rank."""
-    outcomes: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(outcomes, (result, failure))
+    outcomes = _all_gather_objects((result, failure))
     results = [result for result, _ in outcomes if result is not None]
     failures = [f"rank {rank}: {text}" for rank, (_, text) in enumerate(outcomes) if text]
     return results, failures
+
+
+def first_reason(reason: str, device: torch.device | str) -> str:
+    """Return the reason of the lowest rank that has one, on every rank; empty: none has.
+
+    One all-reduce of a number; texts travel only when there is one.
+    """
+    flag = torch.tensor([float(bool(reason))], dtype=torch.float64, device=device)
+    if not float(sum_over_world(flag)):
+        return ""
+    texts = _all_gather_objects(reason)
+    return next(f"rank {rank}: {text}" for rank, text in enumerate(texts) if text)
+
+
+def _all_gather_objects(own: Any) -> list[Any]:
+    gathered: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(gathered, own)
+    return gathered
+
+
+def speaks_for_all() -> bool:
+    """Return True on the first rank of the world that asks. No rank waits for another.
+
+    An 8-byte counter in the store through which the ranks met; without the store every rank speaks.
+    """
+    store = dist.distributed_c10d._get_default_store()
+    try:
+        store.set_timeout(datetime.timedelta(seconds=SPEAK_SECONDS))
+        return store.add(SPOKEN_KEY, 1) == 1
+    except RuntimeError:
+        return True
+
+
+class StopFlag:
+    """Whether this process was asked to stop. Driven from the main thread.
+
+    Args:
+        device: of the flag when ranks compare theirs.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.is_set = False
+        self._device = device
+        self._may_raise = False
+
+    def listen(self) -> None:
+        """From here on let signals set the flag; a second one adds nothing."""
+        assert threading.current_thread() is threading.main_thread()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._asked)
+
+    def _asked(self, *_: Any) -> None:
+        self.is_set = True
+        if self._may_raise:
+            self._may_raise = False
+            raise StopRequested("asked to stop")
+
+    @contextmanager
+    def abortable(self) -> Iterator[None]:
+        """Hold a wait that the signal ends by StopRequested; nothing in it may be a collective."""
+        self._may_raise = True
+        try:
+            if self.is_set:
+                raise StopRequested("asked to stop")
+            yield
+        finally:
+            self._may_raise = False
+
+    def anywhere(self) -> bool:
+        """Return whether any rank was asked, the same on every rank. One all-reduce of a number."""
+        flag = torch.tensor([float(self.is_set)], dtype=torch.float64, device=self._device)
+        self.is_set = bool(sum_over_world(flag))
+        return self.is_set
+
+
+def sum_over_world(values: torch.Tensor) -> torch.Tensor:
+    """Write the sum of all ranks' `values` over them, the same bits on every rank."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def broadcast_from_position(
+    tensor: torch.Tensor, position: int, group: dist.ProcessGroup
+) -> torch.Tensor:
+    """Write `tensor` of the rank at `position` of `group` over `tensor` on the others."""
+    if group.size() > 1:
+        dist.broadcast(tensor, group=group, group_src=position)
+    return tensor
+
+
+def join_slices(whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
+    """Join `whole` of fp32 values, of which each rank has its own slice, and zeros elsewhere.
+
+    Added up as integers, so that the bits of every value survive, -0.0 included. One all-reduce of
+    the whole tensor over `group`.
+    """
+    if group.size() > 1:
+        dist.all_reduce(whole.view(torch.int32), group=group)
+    return whole

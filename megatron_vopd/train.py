@@ -26,7 +26,7 @@ if __name__ == "__main__":
 import torch
 import torch.distributed as dist
 
-from megatron_vopd.collectives import StopFlag, in_step, is_first_to_tell
+from megatron_vopd.collectives import StopFlag, all_ranks, speaks_for_all
 from megatron_vopd.config import Config, load_config
 from megatron_vopd.errors import EngineError, GradingError, SkipLimitError, UserError
 from megatron_vopd.megatron.groups import init_world
@@ -136,7 +136,7 @@ def _train(config: Config, device: str) -> int:
             ending.reason = train(run)
         finally:
             run.close()
-    return in_step(lambda: OK)
+    return all_ranks(lambda: OK)
 
 
 def _dry_run(config: Config, device: str) -> int:
@@ -156,7 +156,7 @@ def _first_line(error: Exception) -> str:
 def _ended(status: int, line: str) -> int:
     """The line, by the first rank that knows; before they have met, by the first of each node."""
     meets = dist.is_initialized()
-    if is_first_to_tell() if meets else os.environ.get("LOCAL_RANK", "0") == "0":
+    if speaks_for_all() if meets else os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stdout.flush()
         print(line, file=sys.stderr, flush=True)
     return status

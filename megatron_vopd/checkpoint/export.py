@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vopd.checkpoint.staging import Summary, begin_staging, publish_staging
-from megatron_vopd.collectives import in_step, on_rank_0
+from megatron_vopd.collectives import all_ranks, rank_0
 from megatron_vopd.files.atomic_folder import Staging
 from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.hf.tensors import dtype_name
@@ -41,15 +41,13 @@ def export_student(student: Student, source_dir: str | Path, out_dir: Path) -> S
     facts, dtype = student.facts, student.options.dtype
     files = plan_files(facts, dtype.itemsize, MAX_FILE_BYTES)
     total = sum(num_bytes(file.shapes(facts), dtype) for file in files)
-    in_step(lambda: on_rank_0(lambda: out_dir.parent.mkdir(parents=True, exist_ok=True)))
+    rank_0(out_dir.parent.mkdir, parents=True, exist_ok=True)
     with ExitStack() as stack:
         staging = begin_staging(stack, out_dir, Path(source_dir), total)
         spec = student.options.layer_spec
         tensors = export_weights(student.bare, facts, student.groups, spec)
-        in_step(lambda: _write(staging, files, facts, dtype, tensors))
-        in_step(
-            lambda: on_rank_0(lambda: finish_folder(staging, files, facts, dtype, Path(source_dir)))
-        )
+        all_ranks(_write, staging, files, facts, dtype, tensors)
+        rank_0(finish_folder, staging, files, facts, dtype, Path(source_dir))
         num_files = publish_staging(staging, out_dir, {"kind": "huggingface model"})
     num_tensors = sum(len(file.shapes(facts)) for file in files)
     return Summary(out_dir, num_tensors, total, num_files, dtype_name(dtype))

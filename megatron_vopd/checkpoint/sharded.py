@@ -43,7 +43,7 @@ from megatron_vopd.checkpoint.index import (
     read_index,
     tiling_problem,
 )
-from megatron_vopd.collectives import in_step, in_step_all
+from megatron_vopd.collectives import all_ranks, from_all_ranks
 from megatron_vopd.errors import shown
 from megatron_vopd.files.atomic_file import regular_size
 from megatron_vopd.files.atomic_folder import OutputFile, Staging
@@ -305,9 +305,9 @@ def load_entries(
         CheckpointError: keys, shapes and types are not exactly those of the checkpoint.
     """
     local = [shard for entry in wanted.values() for shard in shards(entry)]
-    keys = set[str]().union(*in_step_all(lambda: reader.require(local)))
-    in_step(lambda: reader.require_only(keys, ignored))
-    in_step(lambda: _fill_all(local, reader, advance))
+    keys = set[str]().union(*from_all_ranks(reader.require, local))
+    all_ranks(reader.require_only, keys, ignored)
+    all_ranks(_fill_all, local, reader, advance)
 
 
 def _fill_all(

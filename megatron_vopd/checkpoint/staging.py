@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from megatron_vopd import __version__
-from megatron_vopd.collectives import in_step, in_step_all, on_rank_0
+from megatron_vopd.collectives import from_all_ranks, rank_0
 from megatron_vopd.files.atomic_folder import Staging, check_destination, staging_folder
 
 # What a folder needs beyond its values: index, config, tokenizer, room for the file system.
@@ -41,23 +40,19 @@ def begin_staging(stack: ExitStack, out_dir: Path, source_dir: Path, num_bytes: 
     """Check the destination, make the temporary folder on rank 0, attach the others to it."""
 
     def make() -> str:
-        if dist.get_rank() != 0:
-            return ""
         check_destination(out_dir, source_dir, num_bytes + SLACK_BYTES)
         made.append(stack.enter_context(staging_folder(out_dir)))
         return str(made[0].path)
 
     made: list[Staging] = []
-    path = in_step_all(make)[0]
+    path = rank_0(make)
     return made[0] if made else Staging(Path(path))
 
 
 def publish_staging(staging: Staging, out_dir: Path, info: dict[str, Any]) -> int:
     """Gather what all ranks wrote and publish it; returns the number of files."""
-    gathered = in_step_all(lambda: staging.records)
+    gathered = from_all_ranks(lambda: staging.records)
     records = [record for part in gathered for record in part]
     versions = {"megatron_vopd": __version__, "torch": torch.__version__}
-    in_step(
-        lambda: on_rank_0(lambda: staging.publish(out_dir, records, {**info, "versions": versions}))
-    )
+    rank_0(staging.publish, out_dir, records, {**info, "versions": versions})
     return len(records) + 1

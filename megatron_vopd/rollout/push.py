@@ -30,7 +30,7 @@ from typing import Any
 
 import torch
 
-from megatron_vopd.collectives import results_and_failures
+from megatron_vopd.collectives import gather_outcomes
 from megatron_vopd.errors import EngineError, UserError
 from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.hf.mapping import LayerSpec
@@ -149,7 +149,7 @@ def _require_finite(student: torch.nn.Module) -> None:
     """Each rank checks its own shards; all raise if one finds a fault."""
     bad = [name for name, shard in student.named_parameters() if not is_finite(shard)]
     found = f"{bad[0]} and {len(bad) - 1} more parameters are not finite" if bad else ""
-    _, failures = results_and_failures(None, found)
+    _, failures = gather_outcomes(None, found)
     if failures:
         raise WeightSyncError(f"push: {'; '.join(failures)}; the engines keep their weights")
 
@@ -158,7 +158,7 @@ def _shared_gather(student: torch.nn.Module, engine: Engine | None) -> SharedGat
     """Where every rank can write memory that every engine reads."""
     on_cpu = all(shard.device.type == "cpu" for shard in student.parameters())
     place = machine_id() if on_cpu else None
-    found, _ = results_and_failures((place, engine is not None, engine and engine.shared_dtype), "")
+    found, _ = gather_outcomes((place, engine is not None, engine and engine.shared_dtype), "")
     places = {place for place, _, _ in found}
     dtypes = [dtype for _, has_engine, dtype in found if has_engine]
     if None in places or len(places) > 1 or len(set(dtypes)) != 1 or dtypes[0] is None:
@@ -190,7 +190,7 @@ def _attempt(
         source.finish()
     except EngineError as error:
         failure = failure or str(error)
-    return results_and_failures(report, failure)
+    return gather_outcomes(report, failure)
 
 
 def _prove(
@@ -213,7 +213,7 @@ def _prove(
                 engine.refuse_weights(failure)
         except (EngineError, UserError) as error:
             failure = str(error)
-    gaps, failures = results_and_failures(gap if engine is not None else None, failure)
+    gaps, failures = gather_outcomes(gap if engine is not None else None, failure)
     return [replace(report, probe_gap=max(gaps, default=0.0)) for report in reports], failures
 
 
@@ -272,7 +272,7 @@ def sample(
                 )
             except (EngineError, UserError) as error:
                 failure = str(error)
-        _, failures = results_and_failures(None, failure)
+        _, failures = gather_outcomes(None, failure)
         if not failures:
             return rollouts
     raise WeightSyncError(f"sampling failed {attempts} times; last: {'; '.join(failures)}")

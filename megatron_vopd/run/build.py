@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_vopd.collectives import StopFlag, in_step, in_step_all
+from megatron_vopd.collectives import StopFlag, all_ranks, from_all_ranks
 from megatron_vopd.config import Config
 from megatron_vopd.config.method import CurriculumSection, ObjectiveSection
 from megatron_vopd.config.schema import EvaluationSection, TeacherSection
@@ -86,43 +86,45 @@ def assemble(
     Raises:
         UserError: on every rank, what one of them cannot work with.
     """
-    in_step(lambda: require_sound(config))
+    all_ranks(require_sound, config)
     run_dir = Path(config.run.dir) / config.run.name
     with ExitStack() as stack:
         resume = begin(run_dir, config, stack) if engine is None else Resume(None, 0, ())
         run = _assembled(config, device, engine, run_dir, stack, stop)
         if engine is None:
-            _go_on(run, resume)
+            _resume(run, resume)
         run.resources = stack.pop_all()
         return run
 
 
-def _go_on(run: Run, resume: Resume) -> None:
+def _resume(run: Run, resume: Resume) -> None:
     """Load the checkpoint, then record: metrics of steps that will be repeated are cut off."""
     for remark in resume.remarks:
         run.say(f"note: {remark}")
     if resume.folder is not None:
         run.extra = run.checkpoints.load(resume.folder)
         run.say(f"resumed: step {resume.step}, from {resume.folder}")
-        _go_on_evaluating(run)
+        resume_evaluation(run)
     record_config(run.run_dir, run.config)
     last_step = -1 if resume.folder is None else resume.step
-    writer = in_step(lambda: _writer(run.config, run.run_dir, run.resources, last_step))
+    writer = all_ranks(_writer, run.config, run.run_dir, run.resources, last_step)
     if writer is not None:
         # Engines that only evaluate have nothing to say of a step.
         sources = (run.engine, run.pusher) if run.config.has_rollouts else (None, None)
         run.writer, run.trainer.sink = writer, MetricsSink(writer, *sources)
 
 
-def _go_on_evaluating(run: Run) -> None:
+def resume_evaluation(run: Run) -> None:
     """Take the best evaluation from the checkpoint, where it can be compared with later ones."""
     evaluator, saved = run.evaluator, run.extra.get(evaluation.KEY)
     if evaluator is None or saved is None:
         return
     best = evaluation.best_of(run.extra)
     # The best is only worth something with its weights, which are the start's before any step.
-    found = best is not None and (not best.step or step_dir(run.run_dir, best.step).is_dir())
-    remark = evaluator.load_state_dict(saved, in_step_all(lambda: found)[0])
+    has_weights = rank_0(
+        lambda: best is not None and (not best.step or step_dir(run.run_dir, best.step).is_dir())
+    )
+    remark = evaluator.load_state_dict(saved, has_weights)
     if remark:
         run.say(f"note: {remark}")
     run.extra[evaluation.KEY] = evaluator.state_dict()
@@ -136,17 +138,17 @@ def _assembled(
     stack: ExitStack,
     stop: StopFlag | None,
 ) -> Run:
-    student_dir = in_step(lambda: local_model_folder(config.student.path, "student.path"))
-    ends = in_step(lambda: stop_ids(config))
+    student_dir = all_ranks(local_model_folder, config.student.path, "student.path")
+    ends = all_ranks(stop_ids, config)
     settings = step_settings(config, ends, run_dir / "skipped" if stand_in is None else None)
-    tokenizer = in_step(lambda: PromptTokenizer.of(config.student))
+    tokenizer = all_ranks(PromptTokenizer.of, config.student)
     # Before the models, which take longer: a mistake in the data is told soon.
     sources = _sources(config, tokenizer, ends, student_dir)
     student, teachers = _models(config, device, student_dir)
     vocab_size = min(model.facts.vocab_size for model in (student, *teachers.values()))
     engine, pusher = stand_in, None
     if (settings.num_asked or config.evaluates) and stand_in is None:
-        engine = in_step(lambda: make_run_engine(config, student, student_dir, run_dir, device))
+        engine = all_ranks(make_run_engine, config, student, student_dir, run_dir, device)
         if engine is not None:
             stack.callback(engine.close)
         longest = config.train.max_tokens_per_microbatch
@@ -218,7 +220,7 @@ def evaluator_of(
 def _models(config: Config, device: str, student_dir: str) -> tuple[Student, dict[str, Teacher]]:
     """The student, then the teachers in the order of the configuration, on every rank."""
     cuts = layouts(config, dist.get_world_size())
-    spec: LayerSpec = in_step(lambda: resolved_layer_spec(config, device))
+    spec: LayerSpec = all_ranks(resolved_layer_spec, config, device)
     announce(config, f"student: loading {config.student.path} ({cuts['student']})")
     groups = student_groups(cuts["student"], config.run.seed)
     options = ModelOptions(
@@ -232,7 +234,7 @@ def _models(config: Config, device: str, student_dir: str) -> tuple[Student, dic
     def load() -> Student:
         return load_student(student_dir, groups, options, config.optimizer, config.train.steps)
 
-    student = in_step(lambda: _loaded("student", student_dir, load))
+    student = all_ranks(_loaded, "student", student_dir, load)
     teachers: dict[str, Teacher] = {}
     if config.scores_with_teacher:
         for key, section in config.named_teachers.items():
@@ -243,7 +245,7 @@ def _models(config: Config, device: str, student_dir: str) -> tuple[Student, dic
 
 
 def _teacher(key: str, section: TeacherSection, groups: Groups, student: Student) -> Teacher:
-    folder = in_step(lambda: local_model_folder(section.path, f"{key}.path"))
+    folder = all_ranks(local_model_folder, section.path, f"{key}.path")
     options = ModelOptions(
         _DTYPES[section.dtype], student.options.device, student.options.layer_spec, trained=False
     )
@@ -251,7 +253,7 @@ def _teacher(key: str, section: TeacherSection, groups: Groups, student: Student
     def load() -> Teacher:
         return Teacher(folder, groups, student.facts, student.groups, options, section.offload)
 
-    return in_step(lambda: _loaded(key, folder, load))
+    return all_ranks(_loaded, key, folder, load)
 
 
 def _loaded(key: str, folder: str, load: Callable[[], Model]) -> Model:
@@ -266,7 +268,7 @@ def _loaded(key: str, folder: str, load: Callable[[], Model]) -> Model:
 def _sources(
     config: Config, tokenizer: PromptTokenizer, ends: tuple[int, ...], student_dir: str
 ) -> Sources:
-    sources = in_step(lambda: load_sources(config, tokenizer, ends, student_dir))
+    sources = all_ranks(load_sources, config, tokenizer, ends, student_dir)
     for line in sources.summary:
         announce(config, line)
     return sources
@@ -311,16 +313,16 @@ def open_caches(
         if section.cache_dir is None or not texts:
             continue
         folder, teacher = Path(section.cache_dir), teachers[key]
-        path = in_step(lambda s=section, k=key: local_model_folder(s.path, f"{k}.path"))
-        identity = in_step_all(
+        path = all_ranks(lambda s=section, k=key: local_model_folder(s.path, f"{k}.path"))
+        identity = from_all_ranks(
             lambda p=path: fingerprint(Path(p)) if dist.get_rank() == 0 else None
         )[0]
         states = teacher.received(0)
         cache = StateCache(
             folder, {"teacher": str(identity)}, teacher.facts.hidden_size, states.dtype
         )
-        in_step(lambda c=cache, t=texts: c.prepare(t) if dist.get_rank() == 0 else None)
-        in_step(cache.scan)
+        all_ranks(lambda c=cache, t=texts: c.prepare(t) if dist.get_rank() == 0 else None)
+        all_ranks(cache.scan)
         found[key] = cache
     return found
 

@@ -40,7 +40,7 @@ from megatron_vopd.checkpoint.sharded import (
     shards,
 )
 from megatron_vopd.checkpoint.staging import begin_staging, publish_staging
-from megatron_vopd.collectives import in_step, in_step_all, on_rank_0
+from megatron_vopd.collectives import all_ranks, from_all_ranks, rank_0
 from megatron_vopd.files.atomic_folder import Staging, read_manifest
 from megatron_vopd.hf.tensors import dtype_name
 from megatron_vopd.hf.writer import text_files
@@ -91,19 +91,19 @@ class RunCheckpoints:
         step = self.trainer.step
         out_dir = step_dir(self.run_dir, step)
         state = self._state(extra or {})
-        is_there, remarks = in_step_all(lambda: self._prepare(step))[0]
+        is_there, remarks = rank_0(self._prepare, step)
         for remark in remarks:
             self.say(remark)
         if not is_there:
             with ExitStack() as stack:
                 staging = begin_staging(stack, out_dir, self.source_dir, self._num_bytes())
                 written = self._write(ShardFile(staging, dist.get_rank()))
-                chunks = [chunk for part in in_step_all(lambda: written()) for chunk in part]
-                in_step(lambda: on_rank_0(lambda: self._finish(staging, chunks, state)))
+                chunks = [chunk for part in from_all_ranks(written) for chunk in part]
+                rank_0(self._finish, staging, chunks, state)
                 info = {"kind": KIND, "step": step, "topology": state["layout"]}
                 publish_staging(staging, out_dir, info)
-        in_step(lambda: on_rank_0(lambda: write_latest(self.run_dir, step)))
-        in_step(lambda: on_rank_0(lambda: self._remove_old(step, keep_also)))
+        rank_0(write_latest, self.run_dir, step)
+        rank_0(self._remove_old, step, keep_also)
         return out_dir
 
     def _finish(self, staging: Staging, chunks: list[Written], state: dict[str, Any]) -> None:
@@ -113,8 +113,6 @@ class RunCheckpoints:
         complete(staging, chunks, state)
 
     def _prepare(self, step: int) -> tuple[bool, list[str]]:
-        if dist.get_rank() != 0:
-            return False, []
         checkpoints_dir(self.run_dir).mkdir(parents=True, exist_ok=True)
         return make_room(self.run_dir, step)
 
@@ -143,7 +141,7 @@ class RunCheckpoints:
         sizes = [
             shard.data.nbytes for shard in local if shard.data is not None and is_saved_here(shard)
         ]
-        return sum(in_step_all(lambda: sum(sizes)))
+        return sum(from_all_ranks(sum, sizes))
 
     def _write(self, file: ShardFile) -> Callable[[], list[Written]]:
         """Write this rank's shards, whatever fails on the way: other ranks join in to the end.
@@ -187,15 +185,15 @@ class RunCheckpoints:
             UserError: it is no checkpoint of this run's kind, or of another model, teacher or
                 configuration: named by key.
         """
-        state = in_step(lambda: self._checked_state(folder))
-        hashed = in_step(lambda: [record.name for record in _manifest(folder)["files"]])
-        with in_step(lambda: CheckpointReader(folder, hashed=hashed)) as reader:
+        state = all_ranks(self._checked_state, folder)
+        hashed = all_ranks(lambda: [record.name for record in _manifest(folder)["files"]])
+        with all_ranks(CheckpointReader, folder, hashed=hashed) as reader:
             same_layout = state["layout"] == asdict(self.student.groups.layout)
             self._fill(reader, same_layout)
         if not same_layout:
             self.say(f"{folder}: was saved by another layout; random states start anew")
         set_num_updates(self.student, state["num_updates"])
-        in_step(lambda: self.trainer.load_state_dict(state["trainer"]))
+        all_ranks(self.trainer.load_state_dict, state["trainer"])
         if self.trainer.curriculum.remark:
             self.say(self.trainer.curriculum.remark)
         return state["extra"]
@@ -218,12 +216,12 @@ class RunCheckpoints:
         random_row = rank_row(_RANDOM, torch.empty_like(random_bytes()))
         own_row = [random_row] if same_layout else []
         asked = [*wanted, *optimizer_shards(student), *own_row]
-        keys = set[str]().union(*in_step_all(lambda: reader.require(asked)), {_RANDOM})
-        in_step(lambda: reader.require_only(keys))
-        in_step(lambda: [reader.fill(shard) for shard in wanted])
-        in_step(lambda: fill_optimizer(student, reader))
+        keys = set[str]().union(*from_all_ranks(reader.require, asked), {_RANDOM})
+        all_ranks(reader.require_only, keys)
+        all_ranks(lambda: [reader.fill(shard) for shard in wanted])
+        all_ranks(fill_optimizer, student, reader)
         if same_layout:
-            in_step(lambda: reader.fill(random_row))
+            all_ranks(reader.fill, random_row)
             assert random_row.data is not None
             restore_random_bytes(random_row.data[0])
 

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vopd.collectives import in_step_all
+from megatron_vopd.collectives import from_all_ranks
 from megatron_vopd.config import Config
 from megatron_vopd.config.schema import CurriculumSection
 from megatron_vopd.hf.folder import read_model_folder
@@ -114,7 +114,7 @@ def rehearse(run: Run, engine: RandomEngine) -> list[str]:
         values = run.trainer.train_step()
     on_cpu = run.student.options.device == "cpu"
     own = values["perf/peak_memory_bytes"], bytes_beside_tensors() if on_cpu else 0
-    measured = in_step_all(lambda: own)
+    measured = from_all_ranks(lambda: own)
     ranks = [
         replace(memory, held={"beside tensors, measured": beside, **memory.held})
         for memory, (_, beside) in zip(estimated(run), measured, strict=True)

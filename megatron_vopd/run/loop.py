@@ -17,7 +17,7 @@ from pathlib import Path
 import torch.distributed as dist
 
 from megatron_vopd.checkpoint.export import export_student
-from megatron_vopd.collectives import in_step, in_step_all, on_rank_0
+from megatron_vopd.collectives import all_ranks, rank_0
 from megatron_vopd.errors import GradingError, SkipLimitError, StopRequested, UserError
 from megatron_vopd.run.folder import RunBusyError, hf_dir, saved_steps, step_of
 from megatron_vopd.run.run import Run
@@ -69,7 +69,7 @@ def evaluate(run: Run) -> bool:
     except StopRequested:
         return False
     run.extra[evaluation.KEY] = evaluator.state_dict()
-    in_step(lambda: run.writer and run.writer.record_evaluation(trainer.step, values))
+    all_ranks(lambda: run.writer and run.writer.record_evaluation(trainer.step, values))
     return evaluator.best is not None and evaluator.best.step == trainer.step > 0
 
 
@@ -91,14 +91,14 @@ def save(run: Run, has_time: bool = True) -> None:
     if run.config.checkpoint.export_hf and has_time:
         step = run.trainer.step
         out_dir = hf_dir(run.run_dir, step)
-        if not in_step_all(lambda: out_dir.exists())[0]:
+        if not rank_0(out_dir.exists):
             export_student(run.student, run.student_dir, out_dir)
             run.say(f"the student is in {out_dir}")
-        in_step(lambda: on_rank_0(lambda: _remove_exports(run.run_dir, step)))
+        rank_0(_remove_exports, run.run_dir, step)
     evaluator = run.evaluator
     if best is not None and evaluator is not None:
         named = (evaluator.metric, best.value, best.step)
-        in_step(lambda: on_rank_0(lambda: write_best(run.run_dir, *named)))
+        rank_0(lambda: write_best(run.run_dir, *named))
 
 
 def _remove_exports(run_dir: Path, newest: int) -> None:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from megatron_vopd.checkpoint.random_states import (
     seed_random_states,
 )
-from megatron_vopd.collectives import in_step, in_step_all, on_rank_0
+from megatron_vopd.collectives import all_ranks, from_all_ranks, rank_0
 from megatron_vopd.config import Config
 from megatron_vopd.config.table import resolved_yaml
 from megatron_vopd.errors import UserError, refusal
@@ -53,12 +53,12 @@ def begin(run_dir: Path, config: Config, stack: ExitStack) -> Resume:
         UserError: on every rank: nothing to go on from where there should be, another run's
             folder, or one that cannot be written.
     """
-    in_step(lambda: _require_vllm(config))
-    in_step(lambda: on_rank_0(lambda: _make_folder(run_dir)))
-    in_step(lambda: on_rank_0(lambda: stack.enter_context(locked(run_dir))))
+    all_ranks(_require_vllm, config)
+    rank_0(_make_folder, run_dir)
+    rank_0(stack.enter_context, locked(run_dir))
     resume = choose_resume(run_dir, config.checkpoint.resume)
     # How an earlier process ended; should this one be killed, there must be no status.
-    in_step(lambda: on_rank_0(lambda: (run_dir / STATUS_NAME).unlink(missing_ok=True)))
+    rank_0((run_dir / STATUS_NAME).unlink, missing_ok=True)
     seed_random_states(config.run.seed)
     return resume
 
@@ -90,7 +90,7 @@ def record_config(run_dir: Path, config: Config) -> None:
     def write() -> None:
         (run_dir / "config.yaml").write_text(_HEADER + resolved_yaml(config), encoding="utf-8")
 
-    in_step(lambda: on_rank_0(write))
+    rank_0(write)
 
 
 def run_identity(config: Config, facts: ModelFacts) -> Mapping[str, Any]:
@@ -105,7 +105,7 @@ def run_identity(config: Config, facts: ModelFacts) -> Mapping[str, Any]:
         }
         return identity(config, facts, folders)
 
-    found = in_step_all(of_files)[0]
+    found = from_all_ranks(of_files)[0]
     assert found is not None
     return found
 
@@ -222,11 +222,9 @@ def resolved_layer_spec(config: Config, device: str) -> LayerSpec:
 
 
 def choose_resume(run_dir: Path, resume: str) -> Resume:
-    """`run_resume.choose` on rank 0, told to all ranks.
+    """Return what `choose` finds on rank 0, on every rank.
 
     Raises:
         UserError: on every rank.
     """
-    chosen = in_step_all(lambda: choose(run_dir, resume) if dist.get_rank() == 0 else None)[0]
-    assert chosen is not None
-    return chosen
+    return rank_0(choose, run_dir, resume)

@@ -16,7 +16,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from megatron_vopd.collectives import StopFlag, raise_together
+from megatron_vopd.collectives import StopFlag, first_error
 from megatron_vopd.data.grading import Outcome
 from megatron_vopd.data.responses import shortened
 from megatron_vopd.errors import EngineError
@@ -271,7 +271,7 @@ class RolloutCollector:
                 own.append(Graded(order, rollout, grade))
         except Exception as caught:  # whatever it is: the other ranks wait to be told
             error = caught
-        raise_together(error)
+        first_error(error)
         return own
 
 

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from megatron_vopd.collectives import in_step, sum_over_world
+from megatron_vopd.collectives import all_ranks, sum_over_world
 from megatron_vopd.files.teacher_states import StateCache
 from megatron_vopd.megatron.groups import Groups
 from megatron_vopd.megatron.microbatch import Microbatch, cp_tokens
@@ -67,7 +67,7 @@ def cached_score(
 
     hidden = score(teachers, replicas, student, complete, keep)
     if len(hits) < len(keys):
-        in_step(lambda: [caches[key].write(states) for key, states in fresh.items()])
+        all_ranks(lambda: [caches[key].write(states) for key, states in fresh.items()])
     if not hits:
         return hidden
     own = replicas[student.coordinates.dp] if student.is_last_stage else []
@@ -76,7 +76,7 @@ def cached_score(
         pairs = zip(own, hidden, strict=True)
         return [_filled(row, h, caches, keys, hits, rollouts, student) for row, h in pairs]
 
-    return in_step(filled)
+    return all_ranks(filled)
 
 
 def _keys(rollouts: Sequence[Rollout], caches: Caches) -> dict[int, str]:
@@ -117,7 +117,7 @@ def _agreed(
         return unknown()
 
     missing = torch.zeros(len(rollouts), dtype=torch.float64, device=device)
-    missing[in_step(look)] = 1.0
+    missing[all_ranks(look)] = 1.0
     counts = sum_over_world(missing).tolist()
     return {i for i in keys if not counts[i]}
 

@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from megatron_vopd.collectives import StopFlag, first_objection
+from megatron_vopd.collectives import StopFlag, first_reason
 from megatron_vopd.curriculum import Curriculum
 from megatron_vopd.errors import StopRequested
 from megatron_vopd.megatron.microbatch import Microbatch
@@ -258,7 +258,7 @@ class Trainer:
         objection = self.guard.objection(loss, grad_norm)
         if not any(rollout.response_ids for rollout in rollouts):
             objection = "no response has a token"
-        objection = first_objection(objection, self.student.options.device)
+        objection = first_reason(objection, self.student.options.device)
         update = Update(grad_norm, learning_rate(optimizer), objection)
         if objection:
             self._save_for_replay(rollouts, update)

@@ -24,7 +24,7 @@ from megatron_vopd.checkpoint.staging import (
     no_progress,
     publish_staging,
 )
-from megatron_vopd.collectives import in_step, in_step_all, on_rank_0
+from megatron_vopd.collectives import all_ranks, rank_0
 from megatron_vopd.files.atomic_folder import FileRecord, HashCheck, Staging, verify_sizes
 from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.hf.source import ModelSource, carried_content, require_finite, require_same_bits
@@ -65,13 +65,13 @@ def megatron_to_hf(
     """
     total_stored = sum(path.stat().st_size for path in ckpt_dir.glob("*.distcp"))
     advance = progress("checking hashes", total_stored)
-    records = in_step_all(lambda: _hashed_files(ckpt_dir))[0]
+    records = rank_0(_hashed_files, ckpt_dir)
     hashed = frozenset(record.name for record in records)
     with ExitStack() as stack:
         # Beside everything else from here on: it takes a third of the whole time.
         checked = records if dist.get_rank() == 0 else ()
         hash_check = stack.enter_context(HashCheck(ckpt_dir, checked, advance))
-        model = in_step(lambda: CheckpointModel(ckpt_dir, groups, text_dir, skip_objects, hashed))
+        model = all_ranks(CheckpointModel, ckpt_dir, groups, text_dir, skip_objects, hashed)
         stack.enter_context(model)
         final = DTYPES[dtype] if dtype else model.dtype
         files = plan_files(model.facts, final.itemsize, max_file_bytes)
@@ -80,20 +80,20 @@ def megatron_to_hf(
         my_bytes = sum(sizes[file.name] for file in mine)
         staging = begin_staging(stack, out_dir, ckpt_dir, sum(sizes.values()))
         advance = progress("writing", my_bytes)
-        in_step(lambda: _write_files(staging, model, mine, final, advance))
-        in_step(lambda: on_rank_0(lambda: _finish_folder(staging, model, files, final, dtype)))
+        all_ranks(_write_files, staging, model, mine, final, advance)
+        rank_0(_finish_folder, staging, model, files, final, dtype)
         if verify:
             advance = progress("verifying", my_bytes)
-            in_step(lambda: _verify_files(staging.path, model, mine, final, advance))
-        in_step(hash_check.require)
+            all_ranks(_verify_files, staging.path, model, mine, final, advance)
+        all_ranks(hash_check.require)
         num_files = publish_staging(staging, out_dir, {"kind": "huggingface model"})
     num_tensors = sum(len(file.shapes(model.facts)) for file in files)
     return Summary(out_dir, num_tensors, sum(sizes.values()), num_files, dtype_name(final))
 
 
 def _hashed_files(ckpt_dir: Path) -> list[FileRecord]:
-    """What the checkpoint's manifest lists, sizes checked; nothing without one. On rank 0."""
-    manifest = verify_sizes(ckpt_dir) if dist.get_rank() == 0 and ckpt_dir.is_dir() else None
+    """What the checkpoint's manifest lists, sizes checked; nothing without one."""
+    manifest = verify_sizes(ckpt_dir) if ckpt_dir.is_dir() else None
     return manifest["files"] if manifest else []
 
 

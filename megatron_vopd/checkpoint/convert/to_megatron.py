@@ -37,7 +37,7 @@ from megatron_vopd.checkpoint.staging import (
     no_progress,
     publish_staging,
 )
-from megatron_vopd.collectives import in_step, in_step_all, on_rank_0
+from megatron_vopd.collectives import all_ranks, from_all_ranks, rank_0
 from megatron_vopd.files.atomic_folder import Staging
 from megatron_vopd.hf.facts import ModelError
 from megatron_vopd.hf.mapping import Piece, ShardPlan, shard_parameters
@@ -72,21 +72,21 @@ def hf_to_megatron(
     Raises:
         UserError: one line; no folder is left.
     """
-    source = in_step(lambda: read_source(hf_dir, dtype))
-    local = in_step(lambda: meta_entries(source.hf_config, source.facts, groups, source.dtype))
+    source = all_ranks(read_source, hf_dir, dtype)
+    local = all_ranks(meta_entries, source.hf_config, source.facts, groups, source.dtype)
     own = {name: entry for name, entry in local.items() if is_saved_here(entry)}
     plans = shard_parameters(source.facts, groups.layout, groups.coordinates, "local")
     sizes = {name: _num_bytes(plans[name], source.dtype) for name in own}
-    total = sum(in_step_all(lambda: sum(sizes.values())))
+    total = sum(from_all_ranks(sum, sizes.values()))
     with ExitStack() as stack:
         staging = begin_staging(stack, out_dir, hf_dir, total)
         advance = progress("writing", sum(sizes.values()))
-        written = in_step_all(lambda: _write_shards(staging, source, own, plans, advance))
+        written = from_all_ranks(_write_shards, staging, source, own, plans, advance)
         chunks = [chunk for part in written for chunk in part]
-        in_step(lambda: on_rank_0(lambda: _finish_checkpoint(staging, source, dtype, chunks)))
+        rank_0(_finish_checkpoint, staging, source, dtype, chunks)
         if verify:
             advance = progress("verifying", sum(sizes.values()))
-            in_step(lambda: _verify_shards(staging.path, source, own, plans, advance))
+            all_ranks(_verify_shards, staging.path, source, own, plans, advance)
         info = {"kind": "megatron checkpoint", "topology": asdict(groups.layout)}
         num_files = publish_staging(staging, out_dir, info)
     name = dtype_name(source.dtype)

@@ -25,7 +25,7 @@ from megatron_vopd.config import Config
 from megatron_vopd.files.metrics_file import read_metrics
 from megatron_vopd.megatron.groups import init_world
 from megatron_vopd.rollout.engine import PushReport, Sampling, step_seed
-from megatron_vopd.run.build import _go_on_evaluating, evaluator_of
+from megatron_vopd.run.build import evaluator_of, resume_evaluation
 from megatron_vopd.run.engines import Pusher
 from megatron_vopd.run.folder import saved_steps
 from megatron_vopd.run.log import MetricsWriter
@@ -144,7 +144,7 @@ def _start(
     resume = choose_resume(run_dir, "auto")
     if resume.folder is not None:
         run.extra = run.checkpoints.load(resume.folder)
-        _go_on_evaluating(run)
+        resume_evaluation(run)
     if dist.get_rank() == 0:
         last_step = -1 if resume.folder is None else resume.step
         run.writer = MetricsWriter(run_dir, False, False, False, steps, last_step)

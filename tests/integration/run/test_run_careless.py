@@ -228,10 +228,10 @@ def _called(root: Path, *overrides: str) -> tuple[int, str, str, float]:
     from megatron.core import parallel_state
 
     from megatron_vopd import train
-    from megatron_vopd.collectives import TOLD_KEY
+    from megatron_vopd.collectives import SPOKEN_KEY
     from megatron_vopd.megatron import groups as parallel
 
-    dist.distributed_c10d._get_default_store().delete_key(TOLD_KEY)
+    dist.distributed_c10d._get_default_store().delete_key(SPOKEN_KEY)
     shared = [f"train.steps={STEPS}", "checkpoint.interval=2", "logging.tensorboard=false"]
     shared += ["evaluation.interval=1", "evaluation.max_tokens=16"]
     arguments = [f"{root}/config.yaml", *without_engine(root), *shared, *overrides]

@@ -145,11 +145,11 @@ def _used(root: str, use: Careless) -> tuple[int, str, str, float]:
     import torch.distributed as dist
 
     from megatron_vopd import train
-    from megatron_vopd.collectives import TOLD_KEY
+    from megatron_vopd.collectives import SPOKEN_KEY
 
     dist.barrier()
     if dist.get_rank() == 0:
-        dist.distributed_c10d._get_default_store().delete_key(TOLD_KEY)
+        dist.distributed_c10d._get_default_store().delete_key(SPOKEN_KEY)
     dist.barrier()
     overrides = [text.format(root=root) for text in use.overrides]
     out, err, begin = io.StringIO(), io.StringIO(), time.monotonic()
