@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_vopd.collectives import StopFlag, all_ranks, from_all_ranks
+from megatron_vopd.collectives import StopFlag, all_ranks, from_all_ranks, rank_0
 from megatron_vopd.config import Config
 from megatron_vopd.config.method import CurriculumSection, ObjectiveSection
 from megatron_vopd.config.schema import EvaluationSection, TeacherSection
