@@ -1,8 +1,8 @@
 """A study: the same training run in several variants and seeds, and a table with intervals.
 
-A study file says what is compared; see docs/studies/. Every run is the training command in a folder
-of its own, so that a study that was interrupted goes on where it was. The summary holds each
-measure as mean and 95 % interval over the seeds (Student's t), with the command and the versions.
+A study file says what is compared; see docs/evidence/studies/. Every run is the training command in
+a folder of its own, so that a study that was interrupted goes on where it was. The summary holds
+each measure as mean and 95 % interval over the seeds (Student's t), with command and versions.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
 _EXAMPLES = """\
 examples:
-  python tools/run_study.py docs/studies/objectives.yaml runs/objectives
-  python tools/run_study.py docs/studies/objectives.yaml runs/objectives --jobs 2 --seeds 0 1 2
-  python tools/run_study.py docs/studies/objectives.yaml runs/objectives --summary-only"""
+  python tools/run_study.py docs/evidence/studies/objectives.yaml runs/cells
+  python tools/run_study.py docs/evidence/studies/objectives.yaml runs/cells --jobs 2 --seeds 0 1 2
+  python tools/run_study.py docs/evidence/studies/objectives.yaml runs/cells --summary-only"""
 
 
 class _Strict(BaseModel):
@@ -114,14 +114,15 @@ def read_study(path: Path) -> Study:
     try:
         return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a study file of docs/studies/") from None
+        remedy = "give a study file of docs/evidence/studies/"
+        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
     except yaml.YAMLError as error:
         line = str(error).replace("\n", " ")
         raise UserError(f"{path}: {line}; write valid YAML") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {place}: {first['msg']}; see docs/studies/") from None
+        raise UserError(f"{path}: {place}: {first['msg']}; see docs/evidence/studies/") from None
 
 
 def run_name(variant: str, seed: int) -> str:
