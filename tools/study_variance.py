@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_vopd.config.schema import Config, DataSection, OptimizerSection, StudentSection
+from megatron_vopd.config.schema import DataSection, OptimizerSection, StudentSection
 from megatron_vopd.errors import UserError
 from megatron_vopd.megatron.forward import forward_hidden
 from megatron_vopd.megatron.groups import (
@@ -176,9 +176,7 @@ def read_prompts(options: argparse.Namespace) -> tuple[list[Prompt], tuple[int, 
 
     section = StudentSection(path=options.student, chat_template=options.chat_template)
     records = list(read_records(options.prompts, "--prompts"))
-    rows = PromptTokenizer.of(section).prompt_ids(
-        records, Config(student=section, data=DataSection())
-    )
+    rows = PromptTokenizer.of(section.path, section).prompt_ids(records, DataSection().prompt_field)
     prompts = [Prompt(record.name, ids) for record, ids in zip(records, rows, strict=True)]
     return prompts, tuple(read_model_folder(options.student).eos_ids)
 

@@ -258,6 +258,12 @@ class Config(Section):
         return self.objective.estimator != "hard"
 
     @property
+    def model_paths(self) -> dict[str, str]:
+        """Key of each model that the run needs -> its path or hub id; the student is first."""
+        teachers = self.named_teachers if self.scores_with_teacher else {}
+        return {"student": self.student.path} | {key: t.path for key, t in teachers.items()}
+
+    @property
     def has_rollouts(self) -> bool:
         """Whether training has responses sampled from the student."""
         return "student" in self.objective.prefix_fractions

@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_vopd.config import Config
-from megatron_vopd.config.schema import DataSection, StudentSection
+from megatron_vopd.config.schema import StudentSection
 from megatron_vopd.data.prompts import PromptTokenizer, batches
 from megatron_vopd.data.records import DataError, Record, read_records
 from megatron_vopd.data.stream import fingerprint as data_fingerprint
@@ -105,12 +104,12 @@ def plan(job: Job) -> Plan:
     student = StudentSection(
         path=job.tokenizer or job.model, chat_template=job.chat_template, thinking=job.thinking
     )
-    data = DataSection(prompt_field=job.prompt_field, max_prompt_tokens=job.max_prompt_tokens)
-    tokenizer = PromptTokenizer.of(student)
+    own_folder = local_model_folder(student.path, "student.path", weights=False)
+    tokenizer = PromptTokenizer.of(own_folder, student)
     records, prompts, num_records = [], [], 0
     for batch in batches(read_records(job.prompts, "PROMPTS")):
         num_records += len(batch)
-        ids = tokenizer.prompt_ids(batch, Config(student=student, data=data))
+        ids = tokenizer.prompt_ids(batch, job.prompt_field)
         for record, own in zip(batch, ids, strict=True):
             if len(own) <= job.max_prompt_tokens:
                 records.append(record)

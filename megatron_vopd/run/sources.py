@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from megatron_vopd.config import Config
+from megatron_vopd.config.schema import Config
 from megatron_vopd.data.prompts import (
     Prompts,
     PromptTokenizer,
@@ -14,8 +15,7 @@ from megatron_vopd.data.prompts import (
 )
 from megatron_vopd.data.responses import load_responses
 from megatron_vopd.data.stream import PromptStream
-from megatron_vopd.hf.folder import read_model_folder
-from megatron_vopd.hf.hub import local_model_folder
+from megatron_vopd.hf.folder import ModelFolder
 from megatron_vopd.types import Rollout
 
 
@@ -39,41 +39,43 @@ class Sources:
 
 
 def load_sources(
-    config: Config, tokenizer: PromptTokenizer, stop_ids: tuple[int, ...], student_dir: str
+    config: Config,
+    tokenizer: PromptTokenizer,
+    stop_ids: tuple[int, ...],
+    models: Mapping[str, ModelFolder],
 ) -> Sources:
     """Read what the objective's prefixes and the evaluation ask for.
 
     Args:
-        stop_ids: of `stop_ids.stop_ids`.
+        stop_ids: ids that end a response.
+        models: the student, and the teachers that score.
 
     Raises:
         DataError: naming the file and line.
     """
-    problems = load_evaluation_prompts(config, tokenizer) if config.evaluates else {}
+    data, seed, teachers = config.data, config.run.seed, list(config.named_teachers)
+    problems = load_evaluation_prompts(data, tokenizer) if config.evaluates else {}
     summary = [
         f"evaluation: {task}, {len(found.prompts)} problems, {found.num_too_long} left out as "
         "too long"
         for task, found in problems.items()
     ]
-    fractions, responses = config.objective.prefix_fractions, None
     given: tuple[Rollout, ...] = ()
-    if set(fractions) - {"student"}:
-        student = read_model_folder(student_dir).facts
-        context = min(student.max_positions, config.train.max_tokens_per_microbatch)
-        vocab_size = min([student.vocab_size, *_teacher_vocabularies(config)])
-        given = tuple(load_responses(config, tokenizer, stop_ids, context, vocab_size).rollouts)
-        responses = PromptStream(given, config.run.seed)
-        if not config.has_rollouts and config.data.train is None:
-            prompts = [rollout.prompt for rollout in given]
-            unused = TrainingPrompts(PromptStream(prompts, config.run.seed), [], 0)
+    responses = None
+    if set(config.objective.prefix_fractions) - {"student"}:
+        context = models["student"].facts.max_positions
+        context = min(context, config.train.max_tokens_per_microbatch)
+        vocab_size = min(model.facts.vocab_size for model in models.values())
+        known = (teachers, stop_ids, context, vocab_size)
+        given = tuple(load_responses(data, tokenizer, *known).rollouts)
+        responses = PromptStream(given, seed)
+        if not config.has_rollouts and data.train is None:
+            unused = TrainingPrompts(PromptStream([r.prompt for r in given], seed), [], 0)
             return Sources(unused, responses, given, problems, tuple(summary))
-    prompts = load_training_prompts(config, tokenizer)
+    gated = config.curriculum.kind == "entropy_gated"
+    num_held_out = config.curriculum.held_out_prompts if gated else 0
+    needs_answer = config.objective.task_reward_weight > 0
+    prompts = load_training_prompts(data, tokenizer, teachers, needs_answer, num_held_out, seed)
     counts = f"{len(prompts.stream)} prompts, {prompts.num_too_long} left out as too long"
     summary.append(f"data: {counts}, {len(prompts.held_out)} held out")
     return Sources(prompts, responses, given, problems, tuple(summary))
-
-
-def _teacher_vocabularies(config: Config) -> list[int]:
-    teachers = config.named_teachers if config.scores_with_teacher else {}
-    folders = [local_model_folder(t.path, f"{key}.path") for key, t in teachers.items()]
-    return [read_model_folder(folder).facts.vocab_size for folder in folders]

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vopd.config.method import ObjectiveSection
 from megatron_vopd.objectives import OBJECTIVES
-from megatron_vopd.run.build import objective_of
+from megatron_vopd.run.settings import objective_of
 from megatron_vopd.trainer import trainer
 from megatron_vopd.trainer.settings import StepSettings
 
