@@ -1,4 +1,4 @@
-"""Every setting: its section, type, range, default and meaning. The README's table comes from here.
+"""Every setting: its section, type, range, default and meaning. docs/guide/configuration.md shows it.
 
 A section validates its own values when it is built; conditions between keys are in rules.
 Types are strict: no text for numbers, no numbers for text, no NaN and no infinity.

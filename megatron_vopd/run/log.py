@@ -1,6 +1,6 @@
 """Where a run reports: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal.
 
-Only one rank of a run has a writer. Metric names are those of algorithms.md section 8.
+Only one rank of a run has a writer. Metric names are those of method.md section 8.
 """
 
 from __future__ import annotations
