@@ -91,10 +91,6 @@ def record_config(run_dir: Path, text: str) -> None:
     (run_dir / "config.yaml").write_text(_HEADER + text, encoding="utf-8")
 
 
-class ResumeError(UserError):
-    """A run folder that cannot be resumed from, and must not be started over."""
-
-
 @dataclass(frozen=True)
 class Resume:
     """What a start goes on from; `folder` None: from nothing.
@@ -115,14 +111,14 @@ def choose(run_dir: Path, resume: str) -> Resume:
     A folder of another run starts this one once; later starts go on from this run's own.
 
     Raises:
-        ResumeError: steps were made here and no checkpoint of them verifies, or two runs would mix.
+        UserError: steps were made here and no checkpoint of them verifies, or two runs would mix.
         PublishError: the given folder is no checkpoint that verifies; the file is named.
     """
     remove_stale(run_dir)
     steps, has_metrics = saved_steps(run_dir), _has_step(run_dir / "metrics.jsonl")
     if resume == "never":
         if steps or has_metrics:
-            raise ResumeError(
+            raise UserError(
                 f"run.name: got {run_dir}, which holds a run already, expected a new folder for "
                 "checkpoint.resume=never; choose another run.name, or set checkpoint.resume=auto"
             )
@@ -138,7 +134,7 @@ def choose(run_dir: Path, resume: str) -> Resume:
         return Resume(chosen, step_of(chosen.name) or 0, remarks)
     if steps or has_metrics:
         reasons = "; ".join(refused) or "no checkpoint was saved"
-        raise ResumeError(
+        raise UserError(
             f"{run_dir}: steps were made here, but nothing can be resumed from ({reasons}); "
             "restore a checkpoint, choose another run.name, or remove the folder"
         )
@@ -152,7 +148,7 @@ def _own_checkpoint(given: Path, steps: list[int]) -> Resume:
     step = verify_checkpoint(given)
     newer = [other for other in steps if other > step]
     if newer:
-        raise ResumeError(
+        raise UserError(
             f"checkpoint.resume: got {given}, but step_{newer[0]} beside it is newer; move the "
             "newer ones away, or choose another run.name"
         )
