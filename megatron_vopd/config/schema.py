@@ -1,4 +1,4 @@
-"""Every setting: its section, type, range, default and meaning. docs/guide/configuration.md shows it.
+"""Every setting: its section, type, range, default and meaning (docs/guide/configuration.md).
 
 A section validates its own values when it is built; conditions between keys are in rules.
 Types are strict: no text for numbers, no numbers for text, no NaN and no infinity.
