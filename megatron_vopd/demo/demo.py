@@ -42,7 +42,7 @@ from megatron_vopd.run.folder import hf_dir
 from megatron_vopd.types import Prompt
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-CONFIGS = Path(__file__).parents[1] / "examples" / "arithmetic"
+CONFIGS = Path(__file__).parents[2] / "examples" / "arithmetic"
 SETTINGS_NAME, SIZES_NAME, RESULTS_NAME = "demo.json", "sizes.json", "results.json"
 PLOT_NAME = "plot.png"
 
