@@ -39,6 +39,7 @@ from megatron_vopd.demo.stages import Stage, StageError, configured_steps, expor
 from megatron_vopd.errors import EngineError, GradingError, UserError
 from megatron_vopd.rollout.vllm.fresh_sampler import greedy_texts
 from megatron_vopd.run.folder import hf_dir
+from megatron_vopd.run.launch import ONE_MACHINE, Launch
 from megatron_vopd.types import Prompt
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
@@ -322,8 +323,10 @@ def _stage(
         steps = configured_steps(path)
     else:
         overrides.append(f"optimizer.warmup_steps={max(steps, 0) // 20}")
+    overrides += [f"train.steps={steps}", *more]
+    # Asked for: a demo needs one machine's settings, whatever its shell has for other runs.
     run_dir = out / (run_name or name)
-    return Stage(path, (*overrides, *more), num_ranks, run_dir, steps)
+    return Stage(Launch(path, tuple(overrides), num_ranks, run_dir, ONE_MACHINE), steps)
 
 
 def _fresh(settings: DemoSettings, export: Path) -> int:
