@@ -74,7 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def local(text: str) -> str:
-    """A path of a command line as settings write it: what is no hub id begins with ./ or /."""
+    """Return a command line's path as settings write it: what is no hub id begins with ./ or /."""
     is_id = text.count("/") == 1 and not text.endswith((".jsonl", ".parquet", "/"))
     is_relative = not text.startswith(("/", "./", "../", "~"))
     return f"./{text}" if is_relative and (os.path.exists(text) or not is_id) else text

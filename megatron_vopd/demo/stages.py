@@ -44,11 +44,11 @@ class Stage:
         return hf_dir(self.run_dir, self.steps)
 
     def is_done(self) -> bool:
-        """Whether all steps were made and the export is there."""
+        """Return whether all steps were made and the export is there."""
         return steps_done(self.run_dir) == self.steps and self.export.is_dir()
 
     def accuracies(self) -> dict[int, float]:
-        """Step -> share of right answers in its evaluation, 0 to 1, by ascending step."""
+        """Return step -> share of right answers in its evaluation, 0 to 1, by ascending step."""
         lines = read_metrics(self.run_dir / METRICS_NAME).lines
         return {line["step"]: line[ACCURACY] for line in lines if line.get(ACCURACY) is not None}
 

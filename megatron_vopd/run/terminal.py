@@ -46,7 +46,7 @@ _RECENT_STEPS = 20
 
 
 def is_first_rank() -> bool:
-    """Whether this process is rank 0, or the only one."""
+    """Return whether this process is rank 0, or the only one."""
     import torch.distributed as dist
 
     return not dist.is_initialized() or dist.get_rank() == 0
