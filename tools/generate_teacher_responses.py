@@ -20,7 +20,7 @@ Sample responses of a model to prompts with vLLM, and write them as JSONL that a
 
 Each line is the prompt's record with response_ids, response, finish_reason (stop, length) and the
 log-probs of the distribution sampled (temperature and nucleus applied, nats). OUT.jsonl appears
-when it is whole; until then OUT.jsonl.partial grows. Killed at any time, the same command goes on
+when it is whole; until then OUT.jsonl.partial grows. Killed at any time, the same command resumes
 where it was: no response is lost, none is there twice. OUT.jsonl.info.json says what the responses
 were made from; with another model, other prompts or other sampling the command is refused."""
 EXAMPLES = """\

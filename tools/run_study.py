@@ -151,7 +151,7 @@ def _run_all(study: Study, out: Path, seeds: Sequence[int], jobs: int) -> list[s
         try:
             return [name for name in pool.map(run, missing) if name is not None]
         except BaseException:
-            stop.set()  # the runs that are going on are ended, each by its own thread
+            stop.set()  # each thread ends its own run
             raise
 
 

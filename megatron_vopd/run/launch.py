@@ -1,8 +1,8 @@
 """The training command as a child process on this machine: started, resumed, ended with its parent.
 
-`vopd demo` and tools/run_study.py make their runs here. Starting a run again goes on from its last
-checkpoint. The variables of the child's environment are, the later over the earlier: `ONE_MACHINE`,
-what this process inherited, what the caller asks for.
+`vopd demo` and tools/run_study.py make their runs here. A run that is started again resumes from
+its last checkpoint. The child's environment is, the later over the earlier: `ONE_MACHINE`, what
+this process inherited, what the caller asks for.
 """
 
 from __future__ import annotations
