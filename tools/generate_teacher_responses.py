@@ -106,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
                 generate(made, file, engine, lambda done: show(done, total))
         except (EngineError, KeyboardInterrupt) as error:
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-            left = f"{file.num_lines} of {total} responses are safe; the same command goes on"
+            left = f"{file.num_lines} of {total} responses are safe; the same command resumes"
             print(f"{what}; {left}".replace("\n", " "), file=sys.stderr, flush=True)
             return FAILED
         finally:

@@ -1,4 +1,4 @@
-"""The same training run in several variants and seeds, and a table with intervals."""
+"""One training run in several variants and seeds, and a table with intervals."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return run_tool(make)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes from here", file=sys.stderr)
         return INTERRUPTED
 
 

@@ -121,7 +121,7 @@ def run_demo(settings: DemoSettings, fresh: bool = False) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes from here", file=sys.stderr)
         return INTERRUPTED
     print(f"\n{table(results)}\n")
     for bar in results.bars:
@@ -191,7 +191,7 @@ def _make_models(settings: DemoSettings) -> None:
 
 
 def _distilled(settings: DemoSettings) -> Results:
-    """Distil and check; returns the results, which are also written and drawn."""
+    """Make and check the distillations; returns the results, which are also written and drawn."""
     out, stages = settings.out, _stages(settings)
     runs = {name: stages[name] for name in _BASELINES if name in stages}
     for name, stage in runs.items():

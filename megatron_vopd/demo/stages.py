@@ -80,7 +80,7 @@ def run_stage(stage: Stage) -> None:
     if status != 0 or not stage.is_done():
         raise StageError(
             f"{stage.run_dir}: the training command ended with status {status} before its last "
-            "step; mend what it says above, then start the demo again: it goes on from here"
+            "step; mend what it says above, then start the demo again: it resumes from here"
         )
 
 

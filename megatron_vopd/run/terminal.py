@@ -1,8 +1,8 @@
-"""What a command shows while it works: bars on a terminal, lines or nothing in a log.
+"""Progress of a command as its user sees it: bars on a terminal, lines or nothing in a log.
 
 PhaseBars     conversions: a bar of bytes for each phase
 counting_bar  sampling: one bar of responses
-StepDisplay   training: the steps of a run, its lines, and a second bar within a step
+StepDisplay   training: the steps of a run, its lines, and a second bar within a step.
 """
 
 from __future__ import annotations
@@ -196,6 +196,6 @@ class StepDisplay:
             print(text, file=self._out, flush=True)
 
     def close(self) -> None:
-        """Leave the terminal as it was. May be called twice."""
+        """Leave the terminal as it was; a second call changes nothing."""
         if self._bars is not None:
             self._bars.stop()

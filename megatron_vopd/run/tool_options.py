@@ -1,4 +1,4 @@
-"""What the scripts in tools/ share: their options, their exit statuses, one line for a mistake."""
+"""Options and exit statuses of the scripts in tools/, and one line for a user's mistake."""
 
 from __future__ import annotations
 

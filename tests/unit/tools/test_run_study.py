@@ -137,7 +137,7 @@ def test_interrupted_ends_its_runs_and_begins_no_other(
         time.sleep(0.02)
     study.send_signal(number)
     out, err = study.communicate(timeout=60)
-    assert study.returncode == 130 and err == "interrupted; the same command goes on from here\n"
+    assert study.returncode == 130 and err == "interrupted; the same command resumes from here\n"
     assert out == "A study: 4 runs, 0 done already\n", "neither done nor failed"
     for ending in ("began", "saved"):
         names = {path.stem for path in tmp_path.glob(f"*.{ending}")}
