@@ -21,13 +21,11 @@ from megatron_vopd.config.schema import Config
 from megatron_vopd.config.table import config_table_markdown
 from megatron_vopd.config.world import smallest_world
 from megatron_vopd.data.prompts import evaluation_problems
-from megatron_vopd.errors import ConfigError, Problem, UserError, shown
+from megatron_vopd.errors import MISTAKE, OK, ConfigError, Problem, UserError, shown
 from megatron_vopd.preflight.checks import preflight
 from megatron_vopd.preflight.show import print_config, print_memory, print_ranks
 from megatron_vopd.run.report import described, write_report
 from megatron_vopd.run.status import FINAL, clear, exit_code, run_dir_of
-
-OK, MISTAKE = 0, 2
 
 _CHECK_HELP = """\
 Check a configuration without starting anything and without a GPU: every setting, the conditions
