@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from megatron_vopd.collectives import StopFlag, all_ranks, from_all_ranks, rank_0
 from megatron_vopd.config import Config
-from megatron_vopd.config.method import CurriculumSection, ObjectiveSection
+from megatron_vopd.config.method import CurriculumSection
 from megatron_vopd.config.schema import EvaluationSection, TeacherSection
 from megatron_vopd.config.world import layouts
 from megatron_vopd.curriculum import Curriculum, EntropyGatedLength, FixedLength, LinearLength
@@ -35,7 +35,6 @@ from megatron_vopd.megatron.groups import Groups, independent_groups, student_gr
 from megatron_vopd.megatron.model import ModelOptions
 from megatron_vopd.megatron.student import Student, load_student
 from megatron_vopd.megatron.teacher import Teacher
-from megatron_vopd.objectives import Objective, ObjectiveSettings
 from megatron_vopd.preflight.checks import preflight
 from megatron_vopd.rollout.engine import Engine, Sampling, step_seed
 from megatron_vopd.run.checkpoints import RunCheckpoints
@@ -43,6 +42,7 @@ from megatron_vopd.run.engines import Pusher, make_run_engine, run_probe
 from megatron_vopd.run.folder import step_dir
 from megatron_vopd.run.log import MetricsWriter
 from megatron_vopd.run.run import MetricsSink, Run, announce
+from megatron_vopd.run.settings import step_settings
 from megatron_vopd.run.start import (
     Resume,
     begin,
@@ -339,61 +339,4 @@ def build_curriculum(section: CurriculumSection) -> Curriculum:
         section.min_entropy_fraction,
         section.interval,
         section.ema,
-    )
-
-
-# (estimator, direction) -> key of objectives.OBJECTIVES. Other pairs are refused by config.rules.
-_OBJECTIVE_NAMES = {
-    ("sampled", "reverse"): "sampled",
-    ("exact", "reverse"): "reverse",
-    ("exact", "forward"): "forward",
-    ("exact", "mixed"): "mixed",
-    ("topk", "reverse"): "topk_reverse",
-    ("hard", "reverse"): "hard",
-}
-
-
-def objective_of(section: ObjectiveSection, temperature: float = 1.0) -> Objective:
-    """The objective that a configuration asks for.
-
-    Args:
-        temperature: of the rollouts, at which both models are compared.
-    """
-    settings = ObjectiveSettings(
-        baseline=section.baseline,
-        reverse_weight=section.reverse_weight,
-        importance=section.importance,
-        importance_cap=section.importance_cap,
-        entropy_gate=section.entropy_gate,
-        reward_floor=section.reward_floor,
-    )
-    name = _OBJECTIVE_NAMES[section.estimator, section.direction]
-    return Objective(name, settings, section.topk, temperature)
-
-
-def step_settings(
-    config: Config, stop_ids: tuple[int, ...] = (), replay_dir: Path | None = None
-) -> StepSettings:
-    """Settings of a step from a whole configuration.
-
-    Args:
-        stop_ids: ids that end a response, from the models and `data.eos_contract`.
-    """
-    rollout, train = config.rollout, config.train
-    return StepSettings(
-        objective=objective_of(config.objective, rollout.temperature),
-        num_prompts=rollout.num_prompts,
-        samples_per_prompt=rollout.samples_per_prompt,
-        prefix_fractions=config.objective.prefix_fractions,
-        temperature=rollout.temperature,
-        top_p=rollout.top_p,
-        stop_ids=stop_ids,
-        max_tokens_per_microbatch=train.max_tokens_per_microbatch,
-        max_staleness=rollout.max_staleness,
-        task_reward_weight=config.objective.task_reward_weight,
-        spike_factor=train.spike_factor,
-        max_consecutive_skips=train.max_consecutive_skips,
-        deadline_seconds=rollout.deadline_seconds,
-        seed=config.run.seed,
-        replay_dir=replay_dir,
     )

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_vopd.config import load_config
-from megatron_vopd.run.build import objective_of
+from megatron_vopd.run.settings import objective_of
 from tests.support import ROOT
 
 CELLS = ROOT / "examples" / "arithmetic" / "cells"
@@ -44,7 +44,7 @@ def test_it_is_a_sound_configuration(
         path.touch()
     monkeypatch.chdir(tmp_path)
     config = load_config(CELLS / f"{name}.yaml", [])
-    objective = objective_of(config.objective)
+    objective = objective_of(config.objective, 1.0)
     assert (config.objective.prefix, objective.name) == EXPECTED[name]
     assert config.run.name == name
     if name == "mixed":
