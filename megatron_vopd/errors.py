@@ -1,7 +1,7 @@
 """Errors as data: one line that says what, where, what was expected and the remedy.
 
-`UserError` and its kinds are mistakes of the user (exit status 2); `EngineError`,
-`GradingError` and `SkipLimitError` end a run (exit status 1).
+`UserError` and its kinds are mistakes of the user (exit status MISTAKE); `RunFailure` and its kinds
+end a run (exit status FAILED).
 """
 
 from __future__ import annotations
@@ -9,6 +9,9 @@ from __future__ import annotations
 import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+# Exit statuses of the commands, the tools and a rank; `run.status` adds those for launch scripts.
+OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
@@ -56,7 +59,7 @@ class Notice:
 class UserError(ValueError):
     """A mistake of the user: one line that says what, where, expected and the remedy.
 
-    Commands print it without a traceback and exit with status 2.
+    Commands print it without a traceback and exit with status MISTAKE.
     """
 
 
@@ -90,13 +93,17 @@ class StopRequested(Exception):  # noqa: N818 (nothing went wrong)
     """The run was asked to stop; raised on every rank."""
 
 
-class EngineError(RuntimeError):
+class RunFailure(RuntimeError):  # noqa: N818 (named for what it ends, not for a mistake)
+    """What ends a run that was configured well: one line without a traceback, status FAILED."""
+
+
+class EngineError(RunFailure):
     """The engine failed, hung or answered wrongly: phase, engine, what was seen."""
 
 
-class GradingError(RuntimeError):
+class GradingError(RunFailure):
     """The grading process does not start or does not answer."""
 
 
-class SkipLimitError(RuntimeError):
+class SkipLimitError(RunFailure):
     """Too many steps in a row were skipped."""

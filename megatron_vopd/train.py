@@ -28,14 +28,13 @@ import torch.distributed as dist
 
 from megatron_vopd.collectives import StopFlag, all_ranks, speaks_for_all
 from megatron_vopd.config import Config, load_config
-from megatron_vopd.errors import EngineError, GradingError, SkipLimitError, UserError
+from megatron_vopd.errors import FAILED, INTERRUPTED, MISTAKE, OK, RunFailure, UserError
 from megatron_vopd.megatron.groups import init_world
 from megatron_vopd.run.begin import begin
 from megatron_vopd.run.dry_run import dry_run
 from megatron_vopd.run.loop import ending_noted, train
 from megatron_vopd.run.start import longest_wait_seconds, resolved_device
 
-OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 # What gloo, nccl and the store say when a rank does not take part.
 LOST_RANK = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe")
 LOST_RANK += ("Timed out", "timed out", "Timeout", "timeout")
@@ -71,7 +70,7 @@ def _status(options: argparse.Namespace) -> int:
         return OK
     except UserError as error:
         return _ended(MISTAKE, str(error))
-    except (EngineError, SkipLimitError, GradingError) as error:
+    except RunFailure as error:
         return _ended(FAILED, f"{type(error).__name__}: {error}")
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "

@@ -68,7 +68,7 @@ def engines_of(config: Config, model_dir: str, run_dir: Path, device: str) -> En
 
     def make(student: Student, vocab_size: int) -> tuple[Engine | None, Pusher | None]:
         """Make none of both where nothing is sampled, and no engine on ranks that lead none."""
-        if not (step_settings(config).num_asked or config.evaluates):
+        if not (step_settings(config, (), None).num_asked or config.evaluates):
             return None, None
         row = config.train.max_tokens_per_microbatch
         exact = config.student.dtype == config.rollout.dtype == "fp32"
