@@ -105,7 +105,7 @@ class Grader:
 def _started() -> subprocess.Popen[bytes]:
     """A worker that is ready; raises GradingError."""
     worker = subprocess.Popen(
-        [sys.executable, "-P", "-m", "megatron_vopd.data.prompts.grading_worker"],
+        [sys.executable, "-P", "-m", "megatron_vopd.data.grading_worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

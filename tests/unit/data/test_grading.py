@@ -91,7 +91,7 @@ def test_what_never_ends_is_wrong_and_the_next_is_graded() -> None:
 
 
 def test_a_worker_that_is_killed_or_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_vopd.data.prompts.grading._GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_vopd.data.grading._GRACE_SECONDS", 0.2)
     with Grader(time_limit_seconds=0.3) as grader:
         long = "\u4e00" * 200_000 + r"\boxed{\frac{1}{2}}"  # more than a pipe holds
         for stop in (signal.SIGKILL, signal.SIGSTOP):
