@@ -113,7 +113,7 @@ def forward_hidden(
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,
-        pg_collection=groups.collection,
+        pg_collection=groups.process_groups,
         **between_stages,
     )
     return collected

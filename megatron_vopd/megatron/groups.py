@@ -57,32 +57,37 @@ class Groups:
     Attributes:
         layout: how the world is cut for this model.
         coordinates: this rank's place.
-        collection: megatron-core's ProcessGroupCollection; every group it holds is set.
+        process_groups: megatron-core's ProcessGroupCollection; every group it holds is set.
     """
 
     layout: Layout
     coordinates: Coordinates
-    collection: ProcessGroupCollection
+    process_groups: ProcessGroupCollection
 
     @property
     def tp(self) -> dist.ProcessGroup:
         """Ranks that share every layer of this stage, in order of vocabulary and heads."""
-        return self.collection.tp
+        return self.process_groups.tp
 
     @property
     def pp(self) -> dist.ProcessGroup:
         """Ranks that hold the other stages of this replica, first stage first."""
-        return self.collection.pp
+        return self.process_groups.pp
 
     @property
     def dp(self) -> dist.ProcessGroup:
         """Ranks that hold the same shard in the other replicas."""
-        return self.collection.dp
+        return self.process_groups.dp
 
     @property
     def ep(self) -> dist.ProcessGroup:
         """Ranks that together hold all experts of this stage."""
-        return self.collection.ep
+        return self.process_groups.ep
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank leads its data-parallel replica: the one that may have an engine."""
+        return self.coordinates.is_leader
 
     @property
     def is_first_stage(self) -> bool:
@@ -165,15 +170,15 @@ def student_groups(layout: Layout, seed: int = 0) -> Groups:
         distributed_timeout_minutes=cast(int, _world_timeout() / datetime.timedelta(minutes=1)),
     )
     model_parallel_cuda_manual_seed(seed)
-    collection = ProcessGroupCollection.use_mpu_process_groups(
+    process_groups = ProcessGroupCollection.use_mpu_process_groups(
         [*_DECODER_GROUPS, *_EXPERT_GROUPS, "embd", "pos_embd", "intra_dist_opt"]
     )
     alone = _own_group([[rank] for rank in range(layout.world_size)])
     for name in ("embd", "pos_embd"):
-        group = getattr(collection, name)
+        group = getattr(process_groups, name)
         if group is None or dist.get_rank(group) < 0:
-            setattr(collection, name, alone)
-    return _frozen(layout, collection)
+            setattr(process_groups, name, alone)
+    return _frozen(layout, process_groups)
 
 
 def independent_groups(layout: Layout) -> Groups:
@@ -201,13 +206,6 @@ def independent_groups(layout: Layout) -> Groups:
     return _frozen(layout, ProcessGroupCollection(**groups))
 
 
-def destroy_groups() -> None:
-    """Forget megatron-core's parallel state, so that another layout may be initialised."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-
-
 def _own_group(members: list[list[int]]) -> dist.ProcessGroup:
     """Create one group per list (every rank must call with the same lists); return this rank's."""
     own, _ = dist.new_subgroups_by_enumeration(members, timeout=_world_timeout())
@@ -222,10 +220,10 @@ def _world_timeout() -> datetime.timedelta:
     return world._get_backend(device).options._timeout
 
 
-def _frozen(layout: Layout, collection: ProcessGroupCollection) -> Groups:
-    missing = [name for name, group in vars(collection).items() if group is None]
+def _frozen(layout: Layout, process_groups: ProcessGroupCollection) -> Groups:
+    missing = [name for name, group in vars(process_groups).items() if group is None]
     assert not missing, f"process groups without members: {missing}"
-    return Groups(layout, layout.coordinates(dist.get_rank()), collection)
+    return Groups(layout, layout.coordinates(dist.get_rank()), process_groups)
 
 
 def _require_world(layout: Layout) -> None:

@@ -82,7 +82,7 @@ def build_model(
         parallel_output=True,
         share_embeddings_and_output_weights=facts.tied,
         position_embedding_type="rope",
-        pg_collection=groups.collection,
+        pg_collection=groups.process_groups,
     )
     model.rotary_pos_emb.inv_freq = rope_frequencies(hf_config).to(options.device)
     if groups.is_last_stage and options.output == "hidden":

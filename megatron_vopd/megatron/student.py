@@ -62,12 +62,6 @@ class Student:
         return self.options.sequence_parallel and self.groups.layout.tp > 1
 
     @property
-    def is_data_leader(self) -> bool:
-        """One rank per data-parallel replica, which holds its engine."""
-        at = self.groups.coordinates
-        return (at.tp, at.cp, at.pp) == (0, 0, 0)
-
-    @property
     def counts_tokens(self) -> bool:
         """One rank per row part that saw its tokens: sums over these count each token once."""
         return self.groups.is_last_stage and self.groups.coordinates.tp == 0

@@ -147,7 +147,7 @@ def own_pieces(
     if expert_rank is None:
         is_mine = at.dp == at.cp == 0
     else:
-        is_mine = at.ep == expert_rank and groups.collection.expt_dp.rank() == 0
+        is_mine = at.ep == expert_rank and groups.process_groups.expt_dp.rank() == 0
     for rule in unit.rules:
         if is_mine and (expert_rank is not None or rule.cut != "replicated" or at.tp == 0):
             own = shards[unit.megatron_name(rule, layer_spec, facts, layout)]

@@ -89,12 +89,6 @@ def make_probe(
     return Probe(tuple(map(tuple, ids)), tolerance, relative)
 
 
-def is_leader(groups: Groups) -> bool:
-    """Whether this rank is its replica's data-parallel leader: the one that may have an engine."""
-    at = groups.coordinates
-    return at.tp == at.pp == at.cp == 0
-
-
 def push(
     student: torch.nn.Module,
     facts: ModelFacts,

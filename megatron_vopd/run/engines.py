@@ -11,7 +11,7 @@ from pathlib import Path
 from megatron_vopd.config import Config
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.rollout.engine import Engine, PushReport
-from megatron_vopd.rollout.push import Probe, is_leader, make_probe, push
+from megatron_vopd.rollout.push import Probe, make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings, shares
 from megatron_vopd.rollout.vllm.settings import LocalSettings
@@ -55,7 +55,7 @@ def make_run_engine(
     config: Config, student: Student, student_dir: str, run_dir: Path, device: str
 ) -> Engine | None:
     """This rank's engine; None: it is no leader."""
-    if not is_leader(student.groups):
+    if not student.groups.is_leader:
         return None
     response = config.max_response_tokens if config.has_rollouts else 0
     if config.evaluates:

@@ -23,7 +23,6 @@ from megatron_vopd.rollout.push import (
     Probe,
     PushReport,
     WeightSyncError,
-    is_leader,
     largest_gap,
     make_probe,
     push,
@@ -100,7 +99,7 @@ def _pushes(case: Case, folder: str) -> dict[str, Any]:
     """On a rank: one push after another, with every kind of failure."""
     groups = enter(case)
     student, facts = build(folder, case, groups)
-    leader = is_leader(groups)
+    leader = groups.is_leader
     found: dict[str, Any] = {"leader": leader}
 
     def one(engine: ScriptedEngine | None, version: int, **options: Any) -> Any:

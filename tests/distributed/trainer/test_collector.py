@@ -56,8 +56,7 @@ def _collector(
 ) -> RolloutCollector:
     settings = StepSettings(OBJECTIVE, **{"num_prompts": 5, "samples_per_prompt": 2, **changes})
     groups = _groups()
-    at = groups.coordinates
-    own = engine if (at.tp, at.pp) == (0, 0) else None
+    own = engine if groups.is_leader else None
     stream = PromptStream(PROMPTS, seed=1)
     return RolloutCollector(groups, own, stream, settings, VOCAB, "cpu", responses, grader, push)
 

@@ -20,7 +20,7 @@ from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
 from megatron_vopd.rollout import push as weight_sync
 from megatron_vopd.rollout.engine import PushReport, Sampling
-from megatron_vopd.rollout.push import WeightSyncError, is_leader, make_probe, push
+from megatron_vopd.rollout.push import WeightSyncError, make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.rollout.weights.memory_file import Segment
 from megatron_vopd.types import Layout
@@ -121,7 +121,7 @@ class Bench:
     def __init__(self, folder: str, log_path: str) -> None:
         self.groups = enter(TP2)
         self.student = Student(folder, TP2, self.groups)
-        self.engine = LocalEngine(settings(folder, log_path)) if is_leader(self.groups) else None
+        self.engine = LocalEngine(settings(folder, log_path)) if self.groups.is_leader else None
         self.version = 0
         self.old: dict[str, Tensor] = {}
         self.log: dict[str, str] = {}

@@ -16,7 +16,7 @@ from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
 from megatron_vopd.rollout import push as weight_sync
 from megatron_vopd.rollout.engine import Sampling
-from megatron_vopd.rollout.push import WeightSyncError, is_leader, make_probe, push
+from megatron_vopd.rollout.push import WeightSyncError, make_probe, push
 from megatron_vopd.rollout.validate import check_rollouts
 from megatron_vopd.rollout.vllm.client import Server
 from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings
@@ -48,7 +48,7 @@ def _served(
     groups = enter(TP2)
     student = Student(folder, TP2, groups)
     engine = None
-    if is_leader(groups):
+    if groups.is_leader:
         engine = ServerEngine(
             ServerSettings(urls, start_seconds=240.0, stall_seconds=10.0, deadline_seconds=120.0)
         )

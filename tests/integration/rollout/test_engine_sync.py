@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_vopd.rollout.engine import Sampling
-from megatron_vopd.rollout.push import is_leader, make_probe, push, sample
+from megatron_vopd.rollout.push import make_probe, push, sample
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from tests.support.engines import (
     EP2_PP2,
@@ -44,7 +44,7 @@ def _pushes(
     """On a rank: what was measured after each push."""
     groups = enter(case)
     student = Student(folder, case, groups, getattr(torch, dtype))
-    engine = LocalEngine(settings(folder, log_path, dtype=dtype)) if is_leader(groups) else None
+    engine = LocalEngine(settings(folder, log_path, dtype=dtype)) if groups.is_leader else None
     prompts, probe, found = make_prompts(16), make_probe(VOCAB, tolerance=tolerance), []
     try:
         for version in range(1, pushes + 1):
