@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from megatron_vopd.data.answers import conclusion, is_mathematical, is_same_text, reference_of
 from megatron_vopd.errors import GradingError, UserError
-from megatron_vopd.types import Prompt, Rollout
+from megatron_vopd.types import Prompt
 
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 5.0
@@ -160,35 +160,6 @@ def pass_at_k(grades_PG: Sequence[Sequence[float]], k: int) -> float:
             raise ValueError(f"k: expected 1 to the {num} responses of a prompt, got {k}")
         chances.append(1 - math.comb(num - num_right, k) / math.comb(num, k))
     return math.fsum(chances) / len(chances) if chances else math.nan
-
-
-def group_normalised(grades_G: Sequence[float]) -> list[float]:
-    """(grade - mean) / standard deviation within one prompt's responses; zeros when all are equal.
-
-    The deviation is that of the group itself (divisor G).
-    """
-    if not grades_G:
-        return []
-    mean = math.fsum(grades_G) / len(grades_G)
-    variance = math.fsum((grade - mean) ** 2 for grade in grades_G) / len(grades_G)
-    if max(grades_G) == min(grades_G):
-        return [0.0] * len(grades_G)
-    return [(grade - mean) / math.sqrt(variance) for grade in grades_G]
-
-
-def task_rewards(rollouts: Sequence[Rollout], grades: Sequence[float]) -> list[float]:
-    """`group_normalised` within each prompt's rollouts, in the order of `rollouts`.
-
-    Args:
-        rollouts: by prompt, then by sample, as an engine returns them; sample 0 begins a group.
-        grades: of each rollout.
-    """
-    groups: list[list[float]] = []
-    for rollout, grade in zip(rollouts, grades, strict=True):
-        if rollout.sample == 0 or not groups:
-            groups.append([])
-        groups[-1].append(grade)
-    return [reward for grades_G in groups for reward in group_normalised(grades_G)]
 
 
 def evaluation_metrics(

@@ -21,10 +21,6 @@ from megatron_vopd.errors import UserError
 from megatron_vopd.types import Prompt, Rollout
 
 
-class SamplingError(UserError):
-    """Sampling settings that the objective cannot be computed from."""
-
-
 @dataclass(frozen=True)
 class Sampling:
     """How responses are drawn.
@@ -38,7 +34,7 @@ class Sampling:
         stop_ids: ids that end a response (they are part of it).
 
     Raises:
-        SamplingError: a value out of its range.
+        UserError: a value out of its range.
     """
 
     max_tokens: int
@@ -57,49 +53,13 @@ class Sampling:
             ("stop_ids", all(i >= 0 for i in self.stop_ids), "token ids, 0 or more"),
         ):
             if not fits:
-                raise SamplingError(
-                    f"sampling {name}: got {getattr(self, name)}, expected {expected}"
-                )
+                raise UserError(f"sampling {name}: got {getattr(self, name)}, expected {expected}")
 
 
 def response_seed(seed: int, prompt_id: str, sample: int) -> int:
     """The seed of one response, 0 <= seed < 2^63: the same wherever and whenever it is sampled."""
     text = f"{seed}\0{prompt_id}\0{sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
-
-
-def check_sampling(
-    sampling: Sampling, estimator: str, importance: str = "truncate", allow_biased: bool = False
-) -> None:
-    """Refuse settings that rollouts of the student cannot be trained with (algorithms, section 1).
-
-    Args:
-        estimator, importance: of the objective, as in its configuration.
-        allow_biased: the user accepts a biased estimate.
-
-    Raises:
-        SamplingError: with the reason and the remedy.
-    """
-    if sampling.temperature == 0 and (estimator == "sampled" or importance != "none"):
-        raise SamplingError(
-            "sampling temperature: got 0 (greedy), expected 1: a response that is not drawn at "
-            "random has no log-prob to weigh it with; set rollout.temperature=1"
-        )
-    if estimator != "sampled" or allow_biased:
-        return
-    if sampling.temperature != 1:
-        raise SamplingError(
-            f"sampling temperature: got {sampling.temperature:g}, expected 1: the sampled "
-            "estimator averages log q(a) - log p(a) over actions drawn from p itself, and p is the "
-            "distribution at temperature 1; set rollout.temperature=1, or accept the bias by "
-            "objective.allow_biased_sampling=true"
-        )
-    if sampling.top_p != 1:
-        raise SamplingError(
-            f"sampling top_p: got {sampling.top_p:g}, expected 1: tokens outside the nucleus are "
-            "never drawn, so the baseline is not their mean and the estimate is biased; set "
-            "rollout.top_p=1, or accept the bias by objective.allow_biased_sampling=true"
-        )
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -36,17 +35,11 @@ from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.hf.mapping import LayerSpec
 from megatron_vopd.megatron.groups import Groups
 from megatron_vopd.megatron.weights import export_weights
-from megatron_vopd.rollout.engine import Engine, Progress, PushReport, Sampling
-from megatron_vopd.rollout.validate import check_rollouts
+from megatron_vopd.rollout.engine import Engine, PushReport
 from megatron_vopd.rollout.weights.gather import SharedGather, machine_id
 from megatron_vopd.rollout.weights.send import WeightSource, is_finite
-from megatron_vopd.types import Prompt, Rollout
 
 ScoreFn = Callable[[Sequence[Sequence[int]]], list[list[float]]]
-
-
-class WeightSyncError(EngineError):
-    """No engine may be sampled from: what failed, on which rank; raised on every rank."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +109,7 @@ def push(
         On every rank the report of the slowest engine, its probe gap the largest of all.
 
     Raises:
-        WeightSyncError: on every rank. No engine holds weights that were found wrong.
+        EngineError: on every rank. No engine holds weights that were found wrong.
     """
     _require_finite(student)
     gather = _shared_gather(student, engine)
@@ -133,7 +126,7 @@ def push(
     finally:
         if gather is not None:
             gather.close()
-    raise WeightSyncError(
+    raise EngineError(
         f"push of policy version {policy_version} failed {attempts} times; last: "
         + "; ".join(failures)
     )
@@ -145,7 +138,7 @@ def _require_finite(student: torch.nn.Module) -> None:
     found = f"{bad[0]} and {len(bad) - 1} more parameters are not finite" if bad else ""
     _, failures = gather_outcomes(None, found)
     if failures:
-        raise WeightSyncError(f"push: {'; '.join(failures)}; the engines keep their weights")
+        raise EngineError(f"push: {'; '.join(failures)}; the engines keep their weights")
 
 
 def _shared_gather(student: torch.nn.Module, engine: Engine | None) -> SharedGather | None:
@@ -228,45 +221,3 @@ def _slowest(reports: list[PushReport], policy_version: int, attempt: int) -> Pu
         default=PushReport(policy_version, num_bytes=0, seconds=0.0),
     )
     return replace(slowest, attempts=attempt)
-
-
-def sample(
-    engine: Engine | None,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    policy_version: int,
-    vocab_size: int,
-    push_again: Callable[[], Any],
-    max_staleness: int = 0,
-    progress: Progress | None = None,
-    attempts: int = 2,
-) -> list[Rollout]:
-    """This rank's rollouts, checked; sampled again where an engine failed. Called by all ranks.
-
-    A response's seed depends on the step, its prompt and its number alone, so the second attempt
-    gives what the first would have given.
-
-    Args:
-        prompts: of this rank's engine; without an engine they are not used.
-        push_again: pushes the current weights; called on all ranks after a failure.
-
-    Raises:
-        WeightSyncError: on every rank.
-    """
-    failures: list[str] = []
-    for attempt in range(attempts):
-        if attempt:
-            push_again()
-        rollouts, failure = [], ""
-        if engine is not None:
-            try:
-                rollouts = engine.generate(prompts, sampling, progress)
-                check_rollouts(
-                    rollouts, prompts, sampling, policy_version, max_staleness, vocab_size
-                )
-            except (EngineError, UserError) as error:
-                failure = str(error)
-        _, failures = gather_outcomes(None, failure)
-        if not failures:
-            return rollouts
-    raise WeightSyncError(f"sampling failed {attempts} times; last: {'; '.join(failures)}")

@@ -20,7 +20,7 @@ from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
 from megatron_vopd.rollout import push as weight_sync
 from megatron_vopd.rollout.engine import Sampling
-from megatron_vopd.rollout.push import make_probe, push, sample
+from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.types import Layout
 from tests.support.engines import (
@@ -29,6 +29,7 @@ from tests.support.engines import (
     TOLERANCE,
     VOCAB,
     Student,
+    make_collector,
     make_prompts,
     needs_vllm,
     settings,
@@ -62,22 +63,22 @@ class Run:
         self.engine = LocalEngine(
             settings(folder, log_path, tp=tp, stall_seconds=STALL_SECONDS, push_seconds=20.0)
         )
-        self.push()
+        self.collector = make_collector(self.groups, self.engine, self.push)
+        self.push(1)
 
-    def push(self) -> Any:
+    def push(self, policy_version: int) -> Any:
         return push(
             self.student.model,
             self.student.facts,
             self.groups,
             self.engine,
-            1,
+            policy_version,
             score_fn=self.student.score,
             probe=make_probe(VOCAB, tolerance=TOLERANCE),
         )
 
     def sample(self) -> Any:
-        prompts = make_prompts(12)
-        return sample(self.engine, prompts, SAMPLING, 1, VOCAB, self.push)
+        return self.collector.sample(make_prompts(12), SAMPLING, 1)
 
     def hit(self, who: str, how: int) -> None:
         os.kill(find(self.engine, who), how)
@@ -161,7 +162,7 @@ def _mid_push(folder: str, log_path: str) -> Any:
 
             weight_sync.export_weights = struck  # type: ignore[assignment]
             begin = time.monotonic()
-            report = run.push()
+            report = run.push(1)
             found.append((report, time.monotonic() - begin, bool(run.sample())))
         return found, run.engine.num_starts
     finally:

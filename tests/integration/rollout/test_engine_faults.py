@@ -20,7 +20,7 @@ from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
 from megatron_vopd.rollout import push as weight_sync
 from megatron_vopd.rollout.engine import PushReport, Sampling
-from megatron_vopd.rollout.push import WeightSyncError, make_probe, push
+from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.rollout.weights.memory_file import Segment
 from megatron_vopd.types import Layout
@@ -140,7 +140,7 @@ class Bench:
         try:
             report = self._push()
             self.log[name] = f"NOT NOTICED: {report}"
-        except WeightSyncError as error:
+        except EngineError as error:
             self.log[name] = str(error)
             self._honest()
             if self._samples(False):

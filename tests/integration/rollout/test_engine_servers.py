@@ -16,7 +16,7 @@ from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
 from megatron_vopd.rollout import push as weight_sync
 from megatron_vopd.rollout.engine import Sampling
-from megatron_vopd.rollout.push import WeightSyncError, make_probe, push
+from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.validate import check_rollouts
 from megatron_vopd.rollout.vllm.client import Server
 from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings
@@ -85,7 +85,7 @@ def _served(
     )
     try:
         one_push(4, attempts=1)
-    except WeightSyncError as error:
+    except EngineError as error:
         found["half"] = str(error)
     weight_sync.export_weights = export_weights
     found["mended"] = one_push(5)

@@ -14,7 +14,7 @@ import torch
 
 from megatron_vopd.errors import EngineError, UserError
 from megatron_vopd.rollout.engine import Sampling
-from megatron_vopd.rollout.validate import AccountingError, check_rollouts
+from megatron_vopd.rollout.validate import check_rollouts
 from megatron_vopd.rollout.vllm import client as http_servers
 from megatron_vopd.rollout.vllm.client import RefusedByServerError, Server
 from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings, _Fan, shares
@@ -204,7 +204,7 @@ def test_clamped_logprobs_are_not_numbers(stubs: list[Stub]) -> None:
     engine = _engine(stubs)
     stubs[0].mode = stubs[1].mode = "nan"
     rollouts = engine.generate(PROMPTS, SAMPLING)
-    with pytest.raises(AccountingError, match="24 log-prob not finite"):
+    with pytest.raises(EngineError, match="24 log-prob not finite"):
         check_rollouts(rollouts, PROMPTS, SAMPLING, 3, 0, vocab_size=99)
 
 
