@@ -1,4 +1,4 @@
-"""Grades of responses, and the statistics over them.
+"""Grades of responses, and statistics over them.
 
 A response is right when its final answer is literally the reference, or, for mathematical
 references, when math-verify finds them equal. That happens in a process of its own with a time
@@ -29,7 +29,7 @@ _MAX_REFERENCE, _MAX_TEXT = 2000, 8000
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an evaluation keeps of a response: its grade, length in tokens, whether it was cut."""
+    """The part of a response that an evaluation keeps: grade, tokens, whether it was cut."""
 
     grade: float
     num_tokens: int
@@ -37,7 +37,7 @@ class Outcome:
 
 
 class Grader:
-    """Grades responses with one worker process, started when first needed.
+    """A grader of responses with one worker process, started when first needed.
 
     Used as a context manager, or closed by `close`. Calls may come from any one thread at a time.
 
@@ -57,7 +57,7 @@ class Grader:
         self.close()
 
     def grade(self, prompt: Prompt, response_text: str) -> float:
-        """1.0 for a right final answer, else 0.0.
+        """Return 1.0 for a right final answer, else 0.0.
 
         Raises:
             UserError: the prompt has no reference answer.
@@ -86,7 +86,7 @@ class Grader:
                     pipe.close()
 
     def _is_equal(self, reference: str, response: str) -> bool:
-        worker = self._worker = self._worker or _started()
+        worker = self._worker = self._worker or _start_worker()
         assert worker.stdin is not None
         request = json.dumps([reference, response, self._limit], ensure_ascii=False) + "\n"
         try:
@@ -102,8 +102,12 @@ class Grader:
         return json.loads(answer) is True
 
 
-def _started() -> subprocess.Popen[bytes]:
-    """A worker that is ready; raises GradingError."""
+def _start_worker() -> subprocess.Popen[bytes]:
+    """Start a worker and wait until it is ready.
+
+    Raises:
+        GradingError: it ends, or is not ready in time.
+    """
     worker = subprocess.Popen(
         [sys.executable, "-P", "-m", "megatron_vopd.data.grading_worker"],
         stdin=subprocess.PIPE,
@@ -122,7 +126,7 @@ def _started() -> subprocess.Popen[bytes]:
 
 
 def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """One line, or what there is of it when the worker ends or `seconds` are over."""
+    """Read one line, or what there is of it when the worker ends or `seconds` are over."""
     assert worker.stdout is not None
     descriptor = worker.stdout.fileno()
     deadline = time.monotonic() + seconds
@@ -141,14 +145,16 @@ def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> bytes:
 
 
 def avg_at_k(grades_PG: Sequence[Sequence[float]]) -> float:
-    """Mean grade over all responses of all prompts; NaN without any."""
+    """Return the mean grade over all responses of all prompts; NaN without any."""
     grades = [grade for grades_G in grades_PG for grade in grades_G]
     return math.fsum(grades) / len(grades) if grades else math.nan
 
 
 def pass_at_k(grades_PG: Sequence[Sequence[float]], k: int) -> float:
-    """Mean over prompts of the chance that k of its G responses, drawn without return, hold a right
-    one: 1 - C(G - c, k) / C(G, k) with c right ones (grade > 1/2). NaN without prompts.
+    """Return the mean over prompts of the chance that k of its G responses hold a right one.
+
+    Drawn without replacement: 1 - C(G - c, k) / C(G, k) with c right ones (grade > 1/2). NaN
+    without prompts.
 
     Raises:
         ValueError: a prompt with fewer than k responses.
@@ -165,7 +171,7 @@ def pass_at_k(grades_PG: Sequence[Sequence[float]], k: int) -> float:
 def evaluation_metrics(
     task: str, outcomes: Sequence[Outcome], samples: int, k: int
 ) -> dict[str, float]:
-    """`eval/<task>/{avg@samples,pass@k,length,truncated_frac}` of one task's responses.
+    """Return `eval/<task>/{avg@samples,pass@k,length,truncated_frac}` of a task's responses.
 
     Args:
         outcomes: `samples` of each prompt, one prompt after the other.

@@ -116,7 +116,7 @@ def init_world(device: str, timeout_seconds: float = 600.0) -> None:
 
 
 def init_single_process() -> None:
-    """A world of this one process on the CPU, where torchrun has not made one."""
+    """Make a world of this one process on the CPU, unless there is a world already."""
     cpu_runtime.activate()
     if not dist.is_initialized():
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -124,7 +124,7 @@ def init_single_process() -> None:
 
 
 def member_ranks(layout: Layout, axes: Iterable[str], expert: bool = False) -> list[list[int]]:
-    """All groups of ranks that differ only along `axes`, members ascending, groups by first member.
+    """Return all groups of ranks that differ along `axes` only, members and groups ascending.
 
     Args:
         axes: of "tp", "cp", "dp", "pp", or with `expert` of "ep", "edp", "pp".
@@ -182,7 +182,7 @@ def student_groups(layout: Layout, seed: int = 0) -> Groups:
 
 
 def independent_groups(layout: Layout) -> Groups:
-    """Groups of a second model over the same world, apart from megatron-core's global state.
+    """Create a second model's groups over the same world, apart from megatron-core's own state.
 
     Called by every rank of the world, in the same order. Groups of equal members are created once.
     """
@@ -214,7 +214,7 @@ def _own_group(members: list[list[int]]) -> dist.ProcessGroup:
 
 
 def _world_timeout() -> datetime.timedelta:
-    """Of the world's collectives; torch would give a new group half an hour whatever they have."""
+    """Return the timeout of the world's collectives; torch gives a new group half an hour."""
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     world = cast(Any, dist.group.WORLD)
     return world._get_backend(device).options._timeout

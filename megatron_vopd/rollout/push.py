@@ -1,12 +1,12 @@
 """New weights into the engines, all or nothing, and proven before they are sampled from (R5).
 
 The student lies in pieces on all ranks; each data-parallel leader has an engine. All ranks walk the
-HF tensors in lockstep (`hf_io.export_weights`): each layer is put together where all ranks see it,
-and dropped; leaders feed theirs to their engine meanwhile. So no rank ever holds the whole model.
-Where all ranks and engines are on one machine's CPU, that is memory which the engines read too
-(`shared_gather`); elsewhere each tensor is handed to every rank by collectives.
+HF tensors in lockstep (`weights.export_weights`): each layer is put together where all ranks see
+it, and dropped; leaders feed it to their engines meanwhile. So no rank ever holds the whole model.
+Where all ranks and engines are on one machine's CPU, a layer is built in memory that the engines
+read too (`weights/gather`); elsewhere collectives hand each tensor to every rank.
 
-What each step sees:
+What each check sees:
 
     finite check     NaN or Inf in a parameter, before anything is sent; the engine stays as it was.
                      Again as converted to the engine's type, layer by layer, before it is sent
@@ -16,7 +16,7 @@ What each step sees:
     probe            anything else: the engine's log-probs of given sequences against the trainer's
                      own (transposed, swapped or stale weights, a stale head, a stale cache)
 
-Whatever fails on one rank is told to all, so that none waits for one that gave up. A failed engine
+A failure on one rank is raised on all, so that none waits for one that gave up. A failed engine
 is ended, and the next attempt, in which all ranks take part, starts it again.
 
 Collectives: the export's; per phase one gather of a short message from each rank.
@@ -64,7 +64,7 @@ class Probe:
             raise ValueError("probe: expected at least one sequence, of at least two ids each")
 
     def limit(self, logprobs: Sequence[Sequence[float]]) -> float:
-        """The largest gap to these log-probs of the trainer, nats."""
+        """Return the largest gap allowed to these log-probs of the trainer, nats."""
         largest = max(abs(logprob) for row in logprobs for logprob in row)
         return self.tolerance + self.relative * largest
 
@@ -76,7 +76,7 @@ def make_probe(
     tolerance: float = 1e-4,
     relative: float = 0.0,
 ) -> Probe:
-    """Sequences of random ids, the same in every process: every layer and the head see them."""
+    """Make a probe of random ids, the same in every process."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (num_sequences, length), generator=generator).tolist()
     return Probe(tuple(map(tuple, ids)), tolerance, relative)
@@ -133,7 +133,7 @@ def push(
 
 
 def _require_finite(student: torch.nn.Module) -> None:
-    """Each rank checks its own shards; all raise if one finds a fault."""
+    """Check this rank's own shards; raise on all ranks if any rank finds a fault."""
     bad = [name for name, shard in student.named_parameters() if not is_finite(shard)]
     found = f"{bad[0]} and {len(bad) - 1} more parameters are not finite" if bad else ""
     _, failures = gather_outcomes(None, found)
@@ -142,7 +142,7 @@ def _require_finite(student: torch.nn.Module) -> None:
 
 
 def _shared_gather(student: torch.nn.Module, engine: Engine | None) -> SharedGather | None:
-    """Where every rank can write memory that every engine reads."""
+    """Make a gather through shared memory, where every engine reads what every rank writes."""
     on_cpu = all(shard.device.type == "cpu" for shard in student.parameters())
     place = machine_id() if on_cpu else None
     found, _ = gather_outcomes((place, engine is not None, engine and engine.shared_dtype), "")
@@ -205,7 +205,7 @@ def _prove(
 
 
 def largest_gap(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
-    """Largest difference; NaN where one is NaN."""
+    """Return the largest |found - expected|; NaN where one is NaN."""
     gaps = [
         abs(a - b)
         for ours, theirs in zip(found, expected, strict=True)

@@ -1,7 +1,8 @@
-"""Every rollout is accounted for before any of it is trained on (R6): what does not fit is refused.
+"""Checks of rollouts before any of them is trained on (R6): what does not fit is refused.
 
-Nothing is repaired here. An engine that returns something else than what was asked for has a fault,
-and the step is sampled again; dropping responses would quietly change the objective.
+An engine that returns something else than what was asked for has a fault, and the step is sampled
+again. No rollout is repaired or dropped: that would quietly change the objective. Responses that
+were swapped between prompts fit every check; `mismatch/kl` shows them.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ def check_rollouts(
     max_staleness: int,
     vocab_size: int,
 ) -> None:
-    """Check that `rollouts` are exactly what `generate(prompts, sampling)` owes, in its order.
+    """Check that `rollouts` are exactly what `generate(prompts, sampling)` promises, in its order.
 
     Args:
-        policy_version: of the trainer's weights.
+        policy_version: version of the trainer's weights.
         max_staleness: versions that a rollout may lag behind it.
 
     Raises:
@@ -57,7 +58,10 @@ def check_rollouts(
 def _place_faults(
     rollouts: Sequence[Rollout], prompts: Sequence[Prompt], samples: int
 ) -> Iterator[tuple[str, str]]:
-    """Each (prompt, sample) once and in order; a prompt that occurs twice is asked for twice."""
+    """Find every (prompt, sample) that does not come once and in its place.
+
+    A prompt that occurs twice was asked for twice.
+    """
     expected = [(prompt, sample) for prompt in prompts for sample in range(samples)]
     found = [(rollout.prompt, rollout.sample) for rollout in rollouts]
     if found == expected:
