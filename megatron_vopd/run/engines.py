@@ -13,7 +13,7 @@ from megatron_vopd.megatron.student import Student
 from megatron_vopd.rollout.engine import Engine, PushReport
 from megatron_vopd.rollout.push import Probe, make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
-from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings, shares
+from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings, servers_of_leader
 from megatron_vopd.rollout.vllm.settings import LocalSettings
 from megatron_vopd.trainer.student_logprobs import sequence_logprobs
 
@@ -118,7 +118,7 @@ def make_engine(
     rollout = config.rollout
     dtype = _DTYPES[rollout.dtype]
     if rollout.engine == "server":
-        urls, push_urls = shares(rollout.urls, leader, num_leaders)
+        urls, push_urls = servers_of_leader(rollout.urls, leader, num_leaders)
         return ServerEngine(
             ServerSettings(
                 urls,

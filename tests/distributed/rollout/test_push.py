@@ -1,4 +1,4 @@
-"""A push reaches every engine whole, and a failure on one rank is told to all (scripted engines).
+"""A push reaches every engine whole, and a failure on one rank is raised on all (scripted engines).
 
 That a real engine then samples from these weights is shown with vLLM in
 tests/integration/rollout.
@@ -164,7 +164,7 @@ def test_pushes(case: Case, model: TinyModel, tmp_path: Path) -> None:
         assert found["shared"] == report
         assert found["flaky"].attempts == 2 and found["flaky"].policy_version == 2
         for name in ("unwritable", "broken", "unproven", "nan"):
-            assert found[name] == results[0][name], "every rank must be told the same"
+            assert found[name] == results[0][name], "every rank must raise the same"
         assert "rank 3: weights: 1 ranks could not write" in found["unwritable"]
         assert "no memory left" in found["unwritable"]
         assert found["unwritable version"] is None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
-from megatron_vopd.rollout import push as weight_sync
+from megatron_vopd.rollout import push as push_module
 from megatron_vopd.rollout.engine import PushReport, Sampling
 from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
@@ -146,7 +146,7 @@ class Bench:
             if self._samples(False):
                 self.log[name] = f"STILL SAMPLES after {error}"
         finally:
-            weight_sync.export_weights = export_weights
+            push_module.export_weights = export_weights
             Segment.update_info = original_info
             self._honest()
 
@@ -183,7 +183,7 @@ class Bench:
 
 def _stream(change: Callable[[Stream], Stream]) -> Callable[[], None]:
     def prepare() -> None:
-        weight_sync.export_weights = lambda *args, **options: iter(  # type: ignore[assignment]
+        push_module.export_weights = lambda *args, **options: iter(  # type: ignore[assignment]
             change(export_weights(*args, **options))
         )
 
