@@ -167,8 +167,7 @@ def estimate(
     for rank in range(student.layout.world_size):
         place = student.layout.coordinates(rank)
         stages = tuple(model.layout.coordinates(rank).pp for model, _ in teachers.values())
-        leads = (place.tp, place.cp, place.pp) == (0, 0, 0)
-        key = (place.pp, leads, stages)
+        key = (place.pp, place.is_leader, stages)
         if key not in known:
             known[key] = _rank_memory(student, teachers, work, machine, engine, rank)
         ranks.append(replace(known[key], rank=rank, place=place))
@@ -346,7 +345,7 @@ def _engine_phases(
     student: _Model, place: Coordinates, engine: float
 ) -> dict[str, dict[str, float]]:
     """Rollout and push; an engine shares the GPU of its replica's first rank only."""
-    if (place.tp, place.cp, place.pp) != (0, 0, 0):
+    if not place.is_leader:
         engine = 0.0
     names = [name for unit in layer_units(student.facts, 0) for name in unit.hf_names()]
     layer = sum(math.prod(hf_shape(name, student.facts)) for name in names)

@@ -12,9 +12,9 @@ from pathlib import Path
 from megatron_vopd.config.schema import Config, RolloutSection
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.rollout.engine import Engine, PushReport
-from megatron_vopd.rollout.push import Probe, is_leader, make_probe, push
+from megatron_vopd.rollout.push import Probe, make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
-from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings, shares
+from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings, servers_of_leader
 from megatron_vopd.rollout.vllm.settings import LocalSettings
 from megatron_vopd.run.settings import step_settings
 from megatron_vopd.trainer.student_logprobs import sequence_logprobs
@@ -74,7 +74,7 @@ def engines_of(config: Config, model_dir: str, run_dir: Path, device: str) -> En
         exact = config.student.dtype == config.rollout.dtype == "fp32"
         probe = make_run_probe(exact, vocab_size, row)
         engine = None
-        if is_leader(student.groups):
+        if student.groups.is_leader:
             response = config.max_response_tokens if config.has_rollouts else 0
             if config.evaluates:
                 response = max(response, config.evaluation.max_tokens)
@@ -141,7 +141,7 @@ def make_engine(
     """
     dtype = _DTYPES[rollout.dtype]
     if rollout.engine == "server":
-        urls, push_urls = shares(rollout.urls, leader, num_leaders)
+        urls, push_urls = servers_of_leader(rollout.urls, leader, num_leaders)
         return ServerEngine(
             ServerSettings(
                 urls,

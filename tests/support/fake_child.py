@@ -1,4 +1,4 @@
-"""Stands where vLLM's process is: answers the same commands, and misbehaves by its model's name."""
+"""A process in the place of vLLM's: it answers the same commands, or fails by its model's name."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 
-class FakeHost:
-    """Behaves by `mode`, the model's folder name."""
+class FakeChild:
+    """An engine's process without an engine; `mode`, the model's folder name, says what fails."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -64,13 +64,13 @@ class FakeHost:
 
 def main() -> None:
     connection = Connection(int(sys.argv[1].removeprefix("fd=")))
-    host = FakeHost(connection)
+    child = FakeChild(connection)
     while True:
         command, arguments = connection.recv()
         if command == "close":
             return
         try:
-            connection.send(("ok", getattr(host, command)(*arguments)))
+            connection.send(("ok", getattr(child, command)(*arguments)))
         except ValueError as error:
             connection.send(("error", f"ValueError: {error}"))
 
