@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vopd.files.atomic_file import PublishError
+from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.hf.facts import ModelError, ModelFacts
 from megatron_vopd.hf.folder import (
     carried_files,
@@ -122,7 +122,7 @@ def require_finite(tensor: Tensor, where: str) -> None:
 
 def require_same_bits(expected: Tensor, got: Tensor, where: str) -> None:
     if not same_bits(expected, got):
-        raise PublishError(f"{where} is not what was written; check the disk and its memory")
+        raise FileError(f"{where} is not what was written; check the disk and its memory")
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

@@ -304,7 +304,7 @@ def open_caches(
         given: all ready responses of the run, unshortened.
 
     Raises:
-        CacheError: on every rank, a folder of another teacher or of texts that changed, or torn.
+        UserError: on every rank, a folder of another teacher or of texts that changed, or torn.
     """
     found = {}
     for key in sorted(teachers):

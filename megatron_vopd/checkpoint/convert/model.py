@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vopd.checkpoint.chunks import CheckpointError
 from megatron_vopd.checkpoint.sharded import (
     HF_DIR,
     CheckpointReader,
@@ -24,6 +23,7 @@ from megatron_vopd.checkpoint.sharded import (
     shards,
     with_values,
 )
+from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.hf.mapping import Piece, Unit, hf_shape, shard_parameters
 from megatron_vopd.hf.source import read_text_part, require_finite
@@ -57,7 +57,7 @@ class CheckpointModel:
     Args:
         text_dir: folder of config and tokenizer; None: the one that the checkpoint carries.
         skip_objects: leave what a stock checkpoint pickles unread, instead of refusing it.
-        hashed: files whose sha256 was just verified.
+        hashed: files whose hash was just verified.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class CheckpointModel:
     ) -> None:
         self.folder = ckpt_dir
         if not ckpt_dir.is_dir():
-            raise CheckpointError(f"{ckpt_dir}: no such folder; give a checkpoint folder")
+            raise FileError(f"{ckpt_dir}: no such folder; give a checkpoint folder")
         self._reader = CheckpointReader(ckpt_dir, skip_objects, hashed)
         self.text_dir = text_dir or ckpt_dir / HF_DIR
         if not self.text_dir.is_dir():
-            raise CheckpointError(
+            raise FileError(
                 f"{self.text_dir}: not found; give the model's config and tokenizer with "
                 "--hf-config"
             )
@@ -101,7 +101,7 @@ class CheckpointModel:
         """Weights of ours know the model that they belong to."""
         for key, value in (state.get("model") or {}).items():
             if getattr(self.facts, key, None) != value:
-                raise CheckpointError(
+                raise FileError(
                     f"{self.text_dir / 'config.json'}: {key}={getattr(self.facts, key, None)}, but "
                     f"the checkpoint was written with {value}; restore the config"
                 )
@@ -110,7 +110,7 @@ class CheckpointModel:
         for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
             stored = self._reader.tensors.get(key)
             if stored and stored.shape[0] < self.facts.vocab_size:
-                raise CheckpointError(
+                raise FileError(
                     f"{self.folder / '.metadata'}: {key} has {stored.shape[0]} rows; config.json "
                     f"asks for vocab_size {self.facts.vocab_size}"
                 )
