@@ -24,15 +24,12 @@ from megatron_vopd.checkpoint.safe_pickle import PickleRefusedError, is_inert, i
 from megatron_vopd.errors import shown
 from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.files.atomic_folder import OutputFile
+from megatron_vopd.hf.dtypes import DTYPES
 from megatron_vopd.hf.tensors import as_bytes
 
 _ALIGNMENT = 64
-_STORAGES = {
-    "FloatStorage": "float32",
-    "BFloat16Storage": "bfloat16",
-    "HalfStorage": "float16",
-    "ByteStorage": "uint8",
-}
+# Name of the type by the class that torch.save names; random states are bytes.
+_STORAGES = {row.storage: row.name for row in DTYPES.values()} | {"ByteStorage": "uint8"}
 PAYLOAD_NAMES = {
     "torch._utils._rebuild_tensor_v2",
     "collections.OrderedDict",

@@ -6,7 +6,7 @@ after another, each what `torch.save` writes) and `common.pt`.
 
 Writing leaves `common.pt` empty and puts nothing but tensors into the index, so that megatron-core
 loads the folder and finds nothing to unpickle but its own index. Reading makes no object from any
-pickle (`inert_pickle`). What is inside a chunk is `checkpoint_values`' business.
+pickle (`safe_pickle`). What is inside a chunk is for `chunks`.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from megatron_vopd.checkpoint.safe_pickle import (
 )
 from megatron_vopd.errors import shown
 from megatron_vopd.files.atomic_file import FileError, regular_size
+from megatron_vopd.hf.dtypes import DTYPES
 from megatron_vopd.hf.folder import is_plain_name
-from megatron_vopd.hf.tensors import DTYPES
 
 INDEX_NAME, COMMON_NAME, CONFIG_NAME = ".metadata", "common.pt", "metadata.json"
 CONFIG = {

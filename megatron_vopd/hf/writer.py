@@ -12,15 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_vopd.files.atomic_folder import Staging
+from megatron_vopd.hf.dtypes import DTYPES
 from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.hf.mapping import Unit, hf_shape, model_units
 from megatron_vopd.hf.source import ModelSource, carried_content, read_text_part
 from megatron_vopd.hf.tensors import INDEX_NAME, SINGLE_NAME, as_bytes, dtype_name
 
 MAX_FILE_BYTES = 5 * 10**9
-
-
-_DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -67,7 +65,7 @@ def header_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> byte
     for name, shape in shapes.items():
         size = math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _DTYPE_CODES[dtype],
+            "dtype": DTYPES[dtype_name(dtype)].code,
             "shape": list(shape),
             "data_offsets": [at, at + size],
         }

@@ -24,13 +24,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from megatron_vopd.config.schema import Config, TeacherSection
+from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.hf.facts import ModelFacts, kv_repeat
 from megatron_vopd.hf.mapping import hf_shape, layer_units, shard_parameters
 from megatron_vopd.preflight.activations import Kind, LayerMemory, layer_memory
 from megatron_vopd.types import LOSS_CHUNK, Coordinates, Layout
 
 GRADIENT_SIZE = MOMENT_SIZE = MASTER_SIZE = LOGIT_SIZE = 4
-_ITEM_SIZES = {"bf16": 2, "fp32": 4}
 HELD = ("student weights", "gradients", "optimizer", "teacher weights", "teacher head")
 
 
@@ -164,7 +164,7 @@ def estimate(
 def _model(
     dtype: str, facts: ModelFacts, layout: Layout, machine: Machine, trained: Config | None = None
 ) -> _Model:
-    size = _ITEM_SIZES[dtype]
+    size = CONFIG_DTYPES[dtype].num_bytes
     cut = trained is not None and trained.parallel.sequence_parallel and layout.tp > 1
     layer = layer_memory(facts, layout, machine.kind, size, trained is not None, cut)
     return _Model(facts, layout, size, layer)

@@ -12,7 +12,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from megatron_vopd.collectives import StopFlag, all_ranks, from_all_ranks, rank_0
@@ -27,6 +26,7 @@ from megatron_vopd.data.sources import Sources, load_sources
 from megatron_vopd.data.stop_ids import stop_ids
 from megatron_vopd.errors import ConfigError, refusal, shown
 from megatron_vopd.files.teacher_states import StateCache
+from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.hf.facts import ModelError
 from megatron_vopd.hf.folder import fingerprint
 from megatron_vopd.hf.hub import local_model_folder
@@ -60,8 +60,6 @@ from megatron_vopd.trainer.trainer import Trainer
 from megatron_vopd.types import Prompt, Rollout
 
 Model = TypeVar("Model")
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def require_sound(config: Config) -> None:
@@ -224,7 +222,7 @@ def _models(config: Config, device: str, student_dir: str) -> tuple[Student, dic
     announce(config, f"student: loading {config.student.path} ({cuts['student']})")
     groups = student_groups(cuts["student"], config.run.seed)
     options = ModelOptions(
-        _DTYPES[config.student.dtype],
+        CONFIG_DTYPES[config.student.dtype].torch_dtype,
         device,
         spec,
         config.parallel.sequence_parallel,
@@ -247,7 +245,10 @@ def _models(config: Config, device: str, student_dir: str) -> tuple[Student, dic
 def _teacher(key: str, section: TeacherSection, groups: Groups, student: Student) -> Teacher:
     folder = all_ranks(local_model_folder, section.path, f"{key}.path")
     options = ModelOptions(
-        _DTYPES[section.dtype], student.options.device, student.options.layer_spec, trained=False
+        CONFIG_DTYPES[section.dtype].torch_dtype,
+        student.options.device,
+        student.options.layer_spec,
+        trained=False,
     )
 
     def load() -> Teacher:

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from megatron_vopd.config import Config
+from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.rollout.engine import Engine, PushReport
 from megatron_vopd.rollout.push import Probe, is_leader, make_probe, push
@@ -89,9 +90,6 @@ def run_probe(config: Config, vocab_size: int) -> Probe:
     return make_probe(vocab_size, length=length, tolerance=tolerance, relative=relative)
 
 
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-
-
 def make_engine(
     config: Config,
     model_dir: str,
@@ -116,7 +114,7 @@ def make_engine(
         UserError: too large an engine.
     """
     rollout = config.rollout
-    dtype = _DTYPES[rollout.dtype]
+    dtype = CONFIG_DTYPES[rollout.dtype].name
     if rollout.engine == "server":
         urls, push_urls = shares(rollout.urls, leader, num_leaders)
         return ServerEngine(

@@ -28,6 +28,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 
 from megatron_vopd.errors import UserError
+from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.rollout.engine import Progress
 
 OK, DIFFERENT, MISTAKE = 0, 1, 2
@@ -44,7 +45,7 @@ def tool_parser(summary: str, examples: str) -> argparse.ArgumentParser:
 
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="type of the result (default: as stored)"
+        "--dtype", choices=tuple(CONFIG_DTYPES), help="type of the result (default: as stored)"
     )
     parser.add_argument(
         "--verify",
@@ -53,7 +54,7 @@ def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-DTYPE_NAMES = {None: None, "fp32": "float32", "bf16": "bfloat16"}
+DTYPE_NAMES = {None: None} | {row.config: row.name for row in CONFIG_DTYPES.values()}
 
 
 def run_tool(action: Callable[[], int]) -> int:

@@ -24,10 +24,10 @@ from megatron_vopd.checkpoint.sharded import (
     with_values,
 )
 from megatron_vopd.files.atomic_file import FileError
+from megatron_vopd.hf.dtypes import DTYPES
 from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.hf.mapping import Piece, Unit, hf_shape, shard_parameters
 from megatron_vopd.hf.source import read_text_part, require_finite
-from megatron_vopd.hf.tensors import DTYPES
 from megatron_vopd.megatron.groups import Groups
 from megatron_vopd.megatron.model import ModelOptions, build_model
 
@@ -81,7 +81,8 @@ class CheckpointModel:
         self.hf_config, self.facts, self.carried = read_text_part(self.text_dir)
         self._check_state(read_state(ckpt_dir))
         embedding = self._reader.tensors.get("embedding.word_embeddings.weight")
-        self.dtype = DTYPES.get(embedding.dtype if embedding else "float32", torch.float32)
+        single = DTYPES["float32"]
+        self.dtype = (DTYPES.get(embedding.dtype, single) if embedding else single).torch_dtype
         assert groups.layout.tp == groups.layout.pp == groups.layout.ep == 1
         self.entries = meta_entries(self.hf_config, self.facts, groups, self.dtype)
         wanted = [shard for entry in self.entries.values() for shard in shards(entry)]

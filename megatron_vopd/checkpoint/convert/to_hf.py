@@ -25,8 +25,9 @@ from megatron_vopd.checkpoint.staging import (
 )
 from megatron_vopd.collectives import all_ranks, rank_0
 from megatron_vopd.files.atomic_folder import FileRecord, verify_hashes, verify_sizes
+from megatron_vopd.hf.dtypes import DTYPES
 from megatron_vopd.hf.source import ModelSource, carried_content, require_finite, require_same_bits
-from megatron_vopd.hf.tensors import DTYPES, SafetensorsFolder, dtype_name
+from megatron_vopd.hf.tensors import SafetensorsFolder, dtype_name
 from megatron_vopd.hf.writer import (
     MAX_FILE_BYTES,
     FilePlan,
@@ -69,7 +70,7 @@ def megatron_to_hf(
     with ExitStack() as stack:
         model = all_ranks(CheckpointModel, ckpt_dir, groups, text_dir, skip_objects, hashed)
         stack.enter_context(model)
-        final = DTYPES[dtype] if dtype else model.dtype
+        final = DTYPES[dtype].torch_dtype if dtype else model.dtype
         files = plan_files(model.facts, final.itemsize, max_file_bytes)
         total = sum(file.num_bytes(model.facts, final) for file in files)
         mine = files[shared_out]
