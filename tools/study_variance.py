@@ -25,6 +25,7 @@ from torch import Tensor
 
 from megatron_vopd.config.method import ObjectiveSection
 from megatron_vopd.config.schema import DataSection, OptimizerSection, StudentSection
+from megatron_vopd.errors import OK
 from megatron_vopd.megatron.forward import forward_hidden
 from megatron_vopd.megatron.groups import (
     Groups,
@@ -37,7 +38,7 @@ from megatron_vopd.megatron.student import Student, load_student
 from megatron_vopd.megatron.teacher import Teacher, score
 from megatron_vopd.objectives import Objective
 from megatron_vopd.run.settings import objective_of
-from megatron_vopd.run.tool_options import OK, run_tool, tool_parser
+from megatron_vopd.run.tool_options import run_tool, tool_parser
 from megatron_vopd.trainer.loss import RowLoss
 from megatron_vopd.trainer.packing import pack
 from megatron_vopd.types import Layout, Prompt, Rollout

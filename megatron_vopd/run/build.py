@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from megatron_vopd.collectives import StopFlag, all_ranks
@@ -23,6 +22,7 @@ from megatron_vopd.data.grading import Grader
 from megatron_vopd.data.prompts import PromptTokenizer
 from megatron_vopd.data.stop_ids import stop_ids
 from megatron_vopd.errors import ConfigError, refusal, shown
+from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.hf.facts import ModelError
 from megatron_vopd.hf.folder import ModelFolder
 from megatron_vopd.hf.models import fetch_weights, read_models
@@ -44,8 +44,6 @@ from megatron_vopd.trainer.trainer import Trainer
 from megatron_vopd.types import Rollout
 
 Model = TypeVar("Model")
-
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -159,7 +157,7 @@ def _load_models(
     shown_paths, console = config.model_paths, config.logging.console
     spec = all_ranks(resolved_layer_spec, config.parallel.backend, device)
     options = ModelOptions(
-        _DTYPES[config.student.dtype],
+        CONFIG_DTYPES[config.student.dtype].torch_dtype,
         device,
         spec,
         config.parallel.sequence_parallel,
@@ -183,7 +181,8 @@ def _teacher(
     key: str, folder: str, section: TeacherSection, groups: Groups, student: Student
 ) -> Teacher:
     known = student.options
-    options = ModelOptions(_DTYPES[section.dtype], known.device, known.layer_spec, trained=False)
+    dtype = CONFIG_DTYPES[section.dtype].torch_dtype
+    options = ModelOptions(dtype, known.device, known.layer_spec, trained=False)
     load = (folder, groups, student.facts, student.groups, options, section.offload)
     return all_ranks(_loaded, key, folder, Teacher, *load)
 

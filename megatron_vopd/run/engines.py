@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_vopd.config.schema import Config, RolloutSection
+from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.rollout.engine import Engine, PushReport
 from megatron_vopd.rollout.push import Probe, make_probe, push
@@ -111,9 +112,6 @@ def make_run_probe(is_exact: bool, vocab_size: int, longest: int) -> Probe:
     return make_probe(vocab_size, length=length, tolerance=tolerance, relative=relative)
 
 
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
-
-
 def make_engine(
     rollout: RolloutSection,
     model_dir: str,
@@ -139,7 +137,7 @@ def make_engine(
     Raises:
         UserError: too large an engine.
     """
-    dtype = _DTYPES[rollout.dtype]
+    dtype = CONFIG_DTYPES[rollout.dtype].name
     if rollout.engine == "server":
         urls, push_urls = servers_of_leader(rollout.urls, leader, num_leaders)
         return ServerEngine(

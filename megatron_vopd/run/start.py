@@ -112,7 +112,7 @@ def choose(run_dir: Path, resume: str) -> Resume:
 
     Raises:
         UserError: steps were made here and no checkpoint of them verifies, or two runs would mix.
-        PublishError: the given folder is no checkpoint that verifies; the file is named.
+        FileError: the given folder is no checkpoint that verifies; the file is named.
     """
     remove_stale(run_dir)
     steps, has_metrics = saved_steps(run_dir), _has_step(run_dir / "metrics.jsonl")

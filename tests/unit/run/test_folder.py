@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vopd.errors import UserError
-from megatron_vopd.files.atomic_file import PublishError
+from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.files.atomic_folder import staging_folder
 from megatron_vopd.run.folder import (
     KIND,
@@ -89,7 +89,7 @@ def test_every_corruption_is_refused_by_name(name: str, kind: str, run_dir: Path
     found = choose(run_dir, "auto")
     assert found.step == 4
     assert name in found.remarks[0] and str(step_dir(run_dir, 6)) in found.remarks[0]
-    with pytest.raises(PublishError, match=name.replace(".", r"\.")):
+    with pytest.raises(FileError, match=name.replace(".", r"\.")):
         choose(run_dir.parent / "other", str(step_dir(run_dir, 6)))
 
 
@@ -120,7 +120,7 @@ def test_latest_is_a_hint(kind: str, run_dir: Path) -> None:
     found = choose(run_dir, "auto")
     assert found.step == 6 and len(found.remarks) == 1 and "latest" in found.remarks[0]
     if kind == "folder":
-        with pytest.raises(PublishError, match="latest: is a folder"):
+        with pytest.raises(FileError, match="latest: is a folder"):
             write_latest(run_dir, 6)
     else:
         write_latest(run_dir, 6)
