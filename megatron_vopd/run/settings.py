@@ -1,4 +1,4 @@
-"""Sections of the configuration -> what the packages below are made of; they read no section."""
+"""Settings of the packages below, made from the configuration, which they do not know."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from megatron_vopd.types import Prompt
 
 
 def build_curriculum(section: CurriculumSection) -> Curriculum:
-    """The curriculum that the configuration asks for."""
+    """Build the curriculum that a configuration asks for."""
     if section.kind == "fixed":
         return FixedLength(section.ladder)
     if section.kind == "linear":
@@ -43,10 +43,10 @@ _OBJECTIVE_NAMES = {
 
 
 def objective_of(section: ObjectiveSection, temperature: float = 1.0) -> Objective:
-    """The objective that a configuration asks for.
+    """Return the objective that a configuration asks for.
 
     Args:
-        temperature: of the rollouts, at which both models are compared.
+        temperature: that of the rollouts, at which both models are compared.
     """
     settings = ObjectiveSettings(
         baseline=section.baseline,
@@ -63,10 +63,11 @@ def objective_of(section: ObjectiveSection, temperature: float = 1.0) -> Objecti
 def step_settings(
     config: Config, stop_ids: tuple[int, ...] = (), replay_dir: Path | None = None
 ) -> StepSettings:
-    """Settings of a step from a whole configuration.
+    """Return the settings of a step from a whole configuration.
 
     Args:
         stop_ids: ids that end a response, from the models and `data.eos_contract`.
+        replay_dir: where batches of skipped steps are written; None: nowhere.
     """
     rollout, train = config.rollout, config.train
     return StepSettings(
@@ -100,10 +101,10 @@ def evaluator_of(
 
     Args:
         problems: task -> its problems.
-        collector: with a grader.
+        collector: one with a grader.
         stop_ids: ids that end a response.
-        seed: of the run.
-        num_steps: of the run.
+        seed: seed of the run.
+        num_steps: optimizer steps of the run.
     """
     sampling = Sampling(
         max_tokens=section.max_tokens,
