@@ -3,7 +3,7 @@
 `save` writes `checkpoints/step_N` beside its place and publishes it whole (`checkpoint.staging`);
 `load` fills a run that was built from the same configuration, in any layout (`run.identity` defines
 "the same"). Both are collectives of the whole world. A resumed CPU run is bitwise equal to an
-uninterrupted one; random states belong to a layout, so another layout begins from its seed.
+uninterrupted one; random states belong to a layout; in another one they start from the seed.
 """
 
 from __future__ import annotations

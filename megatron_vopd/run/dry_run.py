@@ -85,7 +85,7 @@ class RandomEngine:
     def probe_logprobs(
         self, sequences: Sequence[Sequence[int]], replica: int = 0
     ) -> list[list[float]]:
-        """Refuse: without weights, no log-prob of a sequence would be true."""
+        """Raise NotImplementedError: without weights, no log-prob would be true."""
         raise NotImplementedError("a random engine has no weights")
 
     def refuse_weights(self, reason: str) -> None:

@@ -144,7 +144,8 @@ def make_engine(
         gpu: the leader's GPU, for CUDA_VISIBLE_DEVICES.
 
     Raises:
-        UserError: a local engine over several GPUs, or a server on another host.
+        UserError: a local engine over several GPUs, or a server on another host that
+            `rollout.allow_remote` does not allow.
     """
     dtype = _DTYPES[rollout.dtype]
     if rollout.engine == "server":
