@@ -18,7 +18,7 @@ _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """`value` on one printable ASCII line of bounded length, whatever it holds."""
+    """Return `value` on one printable ASCII line of bounded length, whatever it holds."""
     text = _SHORT.repr(value)
     return text.encode("ascii", "backslashreplace").decode("ascii")
 
@@ -81,7 +81,7 @@ class LayoutError(UserError):
 
 
 def without_failed(problems: Iterable[Problem], failed: Sequence[str]) -> list[Problem]:
-    """The problems that depend on none of the `failed` keys (or sections)."""
+    """Return the problems that depend on none of the `failed` keys (or sections)."""
 
     def depends(key: str) -> bool:
         return any(key == bad or key.startswith(f"{bad}.") for bad in failed)
@@ -90,20 +90,20 @@ def without_failed(problems: Iterable[Problem], failed: Sequence[str]) -> list[P
 
 
 class StopRequested(Exception):  # noqa: N818 (nothing went wrong)
-    """The run was asked to stop; raised on every rank."""
+    """A request to stop the run; raised on every rank."""
 
 
 class RunFailure(RuntimeError):  # noqa: N818 (named for what it ends, not for a mistake)
-    """What ends a run that was configured well: one line without a traceback, status FAILED."""
+    """A failure that ends a well-configured run: one line without a traceback, status FAILED."""
 
 
 class EngineError(RunFailure):
-    """The engine failed, hung or answered wrongly: phase, engine, what was seen."""
+    """An engine that failed, hung or answered wrongly; names phase, engine, what was seen."""
 
 
 class GradingError(RunFailure):
-    """The grading process does not start or does not answer."""
+    """A grading process that does not start or does not answer."""
 
 
 class SkipLimitError(RunFailure):
-    """Too many steps in a row were skipped."""
+    """A run in which too many steps in a row were skipped."""

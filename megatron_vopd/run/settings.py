@@ -1,4 +1,4 @@
-"""Sections of the configuration -> what the packages below are made of; they read no section."""
+"""Settings of the packages below, made from the configuration, which they do not know."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from megatron_vopd.types import Prompt
 
 
 def build_curriculum(section: CurriculumSection) -> Curriculum:
-    """The curriculum that the configuration asks for."""
+    """Build the curriculum that a configuration asks for."""
     if section.kind == "fixed":
         return FixedLength(section.ladder)
     if section.kind == "linear":
@@ -36,7 +36,7 @@ def objective_of(section: ObjectiveSection, temperature: float) -> Objective:
     """Return the objective that a configuration asks for.
 
     Args:
-        temperature: of the rollouts, at which both models are compared.
+        temperature: that of the rollouts, at which both models are compared.
     """
     names = [field.name for field in fields(ObjectiveSettings)]
     settings = ObjectiveSettings(**{name: getattr(section, name) for name in names})
@@ -84,10 +84,10 @@ def evaluator_of(
 
     Args:
         problems: task -> its problems.
-        collector: with a grader.
+        collector: one with a grader.
         stop_ids: ids that end a response.
-        seed: of the run.
-        num_steps: of the run.
+        seed: seed of the run.
+        num_steps: optimizer steps of the run.
     """
     sampling = Sampling(
         max_tokens=section.max_tokens,
