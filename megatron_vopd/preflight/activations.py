@@ -47,7 +47,7 @@ class LayerMemory:
     forward: float
 
     def kept_by(self, recompute: Recompute) -> float:
-        """Return the bytes per token that are kept under `student.recompute`."""
+        """Return the bytes per token that are kept under a setting of `student.recompute`."""
         kept = {"none": self.kept, "selective": self.kept_selective, "full": self.kept_full}
         return kept[recompute]
 

@@ -78,7 +78,7 @@ class Evaluator:
     def __call__(
         self, step: int, policy_version: int, progress: Progress | None = None
     ) -> dict[str, float]:
-        """Evaluate; return metrics `eval/<task>/*`, the same on every rank, and the seconds taken.
+        """Evaluate; return metrics `eval/<task>/*`, equal on every rank, and the seconds taken.
 
         Args:
             step: steps made so far.

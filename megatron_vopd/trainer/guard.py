@@ -32,7 +32,7 @@ class StepGuard:
         self._skips = 0
 
     def skip_reason(self, loss: float, grad_norm: float) -> str:
-        """Return why this step must not be applied, by this rank's numbers; empty: it may be.
+        """Return why this rank's numbers forbid applying the step; empty if they do not.
 
         Args:
             loss: this rank's part, or the sum; only its finiteness matters.
@@ -52,7 +52,7 @@ class StepGuard:
         return ""
 
     def accept(self, grad_norm: float) -> None:
-        """Record the gradient norm of an applied step; the row of skips ends."""
+        """Record the gradient norm of an applied step; set the count of skips in a row to 0."""
         self._norms.append(grad_norm)
         self._skips = 0
 
