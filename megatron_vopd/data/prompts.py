@@ -1,7 +1,7 @@
-"""Prompts as token ids: reading, rendering, leaving out what is too long, holding out.
+"""Prompts as token ids: read, rendered, tokenized; too long ones left out, some held out.
 
-The student's tokenizer and chat template render every prompt; teachers score the same ids. What is
-missing, of a wrong type or empty is refused by the name of its record.
+The student's tokenizer and chat template render every prompt; teachers score the same ids. A record
+whose fields are missing, empty or of a wrong type is refused with its name.
 """
 
 from __future__ import annotations
@@ -38,12 +38,12 @@ _MAX_TEMPLATE_BYTES = 2**20
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """Text or chat messages to token ids, the same way everywhere in a run.
+    """The student's tokenizer and chat template: text or chat messages to token ids and back.
 
     Attributes:
-        tokenizer: the student's.
+        tokenizer: the student's tokenizer.
         template: Jinja text; None: plain text, with the special tokens that the tokenizer adds.
-        thinking: `enable_thinking` of the template.
+        thinking: value of the template's `enable_thinking`.
     """
 
     tokenizer: PreTrainedTokenizerBase
@@ -68,7 +68,7 @@ class PromptTokenizer:
             got = f"no usable tokenizer ({shown(str(error))})"
             remedy = _COPY_TOKENIZER
             raise DataError("student.path", got, "a model with a fast tokenizer", remedy) from None
-        # What transformers makes of a folder without tokenizer.json.
+        # transformers makes such a tokenizer of a folder without tokenizer.json.
         if len(tokenizer) <= len(tokenizer.all_special_tokens):
             got, expected = "an empty tokenizer", "a model with its tokenizer"
             raise DataError("student.path", got, expected, _COPY_TOKENIZER)
@@ -76,7 +76,14 @@ class PromptTokenizer:
         return cls(tokenizer, template, student.thinking)
 
     def rendered(self, conversation: Conversation, where: str) -> str:
-        """The text whose ids the models see; `where` names the record in a DataError."""
+        """Render a prompt as the text whose ids the models see.
+
+        Args:
+            where: name of the record, for messages.
+
+        Raises:
+            DataError: chat messages without a template, or ones that the template refuses.
+        """
         from jinja2 import TemplateError
 
         if self.template is None:
@@ -101,16 +108,16 @@ class PromptTokenizer:
         return cast(str, text)
 
     def encoded(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of rendered prompts."""
+        """Return the token ids of rendered prompts."""
         plain = self.template is None
         batch = self.tokenizer(list(texts), add_special_tokens=plain, verbose=False)
         return cast(list[list[int]], batch["input_ids"])
 
     def prompt_ids(self, records: Sequence[Record], name: str) -> list[tuple[int, ...]]:
-        """Tokenize the records' prompts, which stand in the field `name`.
+        """Tokenize the records' prompts, which are in the field `name`.
 
         Raises:
-            DataError: naming the record.
+            DataError: a prompt that is missing, of a wrong type, or without tokens.
         """
         texts = [
             self.rendered(conversation_of(record, name), f"{record.name} {name}")
@@ -124,20 +131,25 @@ class PromptTokenizer:
         return [self.shared(ids) for ids in rows]
 
     def shared(self, ids: Sequence[int]) -> tuple[int, ...]:
-        """`ids` with one object per id and not one per token: 8 bytes a token instead of 36."""
+        """Return `ids` with one object per id, not one per token: 8 bytes a token instead of 36."""
         return tuple([self._pool.setdefault(i, i) for i in ids])
 
     def encoded_response(self, text: str) -> list[int]:
-        """Token ids of a response that follows a prompt: no special tokens are added."""
+        """Return the token ids of a response text; no special tokens, as it follows a prompt."""
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return cast(list[int], ids)
 
     def decoded(self, ids: Sequence[int]) -> str:
-        """The text of a response, without special tokens: what is graded."""
+        """Return the text of a response without special tokens, as it is graded."""
         return cast(str, self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
 
 def _template(choice: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the Jinja text that `choice` names: tokenizer, none (no template), or a file's path.
+
+    Raises:
+        DataError: a file that is not readable, empty or too large; a tokenizer without a template.
+    """
     key = "student.chat_template"
     if choice == "none":
         return None
@@ -162,14 +174,14 @@ def _template(choice: str, tokenizer: PreTrainedTokenizerBase) -> str | None:
 
 
 def batches(records: Iterator[Record]) -> Iterator[list[Record]]:
-    """Records in portions that are tokenized at once."""
+    """Yield the records in lists of up to 1000, each of which is tokenized in one call."""
     while batch := list(itertools.islice(records, _BATCH)):
         yield batch
 
 
 @dataclass(frozen=True)
 class Prompts:
-    """What was read: prompts in the order of the data, and how many were longer than allowed."""
+    """Prompts in the order of the data, and the number that was left out as too long."""
 
     prompts: list[Prompt]
     num_too_long: int
@@ -186,8 +198,9 @@ def load_prompts(
     """Read the training prompts at `path`.
 
     Args:
+        path: local file or folder, or hub id.
         key: the setting that holds `path`, for messages.
-        fields: names of a record's fields, and the longest prompt.
+        fields: names of a record's fields, and the longest prompt in tokens.
         teachers: keys of the configured teachers.
         needs_answer: require a reference answer of every record.
 
@@ -206,6 +219,7 @@ def _read_prompts(
     teachers: Sequence[str],
     needs_answer: bool,
 ) -> Prompts:
+    """Read the prompts of the first of `splits` that the data set has, as `load_prompts` does."""
     prompts: list[Prompt] = []
     num_records = 0
     for batch in batches(read_records(path, key, splits)):
@@ -228,7 +242,7 @@ def _read_prompts(
 
 @dataclass(frozen=True)
 class TrainingPrompts:
-    """The stream that training draws from, and the prompts that it never sees."""
+    """The stream that training draws from, and held-out prompts that are not in it."""
 
     stream: PromptStream[Prompt]
     held_out: list[Prompt]
@@ -243,7 +257,17 @@ def load_training_prompts(
     num_held_out: int,
     seed: int,
 ) -> TrainingPrompts:
-    """Read `data.train`, with `num_held_out` prompts held out (for the curriculum's entropy)."""
+    """Read `data.train`, with `num_held_out` prompts held out (for the curriculum's entropy).
+
+    Args:
+        teachers: keys of the configured teachers.
+        needs_answer: require a reference answer of every record.
+        seed: decides which prompts are held out, and the order of the others.
+
+    Raises:
+        DataError: no `data.train`, a record that cannot be used, or no prompt left.
+        UserError: not enough different prompts to hold out `num_held_out` of them.
+    """
     if data.train is None:
         raise DataError("data.train", "nothing", "prompts", "set it to a path or hub id")
     read = load_prompts(data.train, "data.train", data, tokenizer, teachers, needs_answer)
@@ -252,7 +276,10 @@ def load_training_prompts(
 
 
 def evaluation_paths(evaluation: str | dict[str, str] | None) -> dict[str, str]:
-    """Task name -> path of `data.evaluation`; a single path is named after its file or hub id."""
+    """Return task name -> path of `data.evaluation`.
+
+    A single path is named after its last part, without the ending .jsonl or .parquet.
+    """
     if evaluation is None or isinstance(evaluation, dict):
         return dict(evaluation or {})
     name = os.path.basename(evaluation.rstrip("/"))
@@ -260,7 +287,10 @@ def evaluation_paths(evaluation: str | dict[str, str] | None) -> dict[str, str]:
 
 
 def evaluation_problems(data: DataSection) -> list[Problem]:
-    """Find the first mistake in each local data set of `data.evaluation`, without a tokenizer."""
+    """Find the first mistake in each local data set of `data.evaluation`, without a tokenizer.
+
+    Hub ids are not looked at.
+    """
     problems = []
     for task, path in evaluation_paths(data.evaluation).items():
         if not is_local_path(path):
@@ -281,7 +311,10 @@ def evaluation_problems(data: DataSection) -> list[Problem]:
 def load_evaluation_prompts(data: DataSection, tokenizer: PromptTokenizer) -> dict[str, Prompts]:
     """Read the problems of each task of `data.evaluation`, every one with its reference answer.
 
-    No teacher scores what is evaluated.
+    They belong to no teacher: evaluation scores none.
+
+    Raises:
+        DataError: a record that cannot be used, or a task without a problem.
     """
     return {
         task: _read_prompts(

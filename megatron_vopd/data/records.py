@@ -1,8 +1,9 @@
-"""Records of a data set, each with a name that says where it stands: `train.jsonl:17`.
+"""Records of a data set, each with a name that says where it is: `train.jsonl:17`.
 
-A .jsonl file is read here, line by line, so that a mistake has its line and no value is guessed
-into another type. Everything else goes through `datasets`: .parquet, folders that `save_to_disk`
-wrote, folders of files with their splits, and hub ids. No code of a data set is ever run.
+A .jsonl file is read here, line by line, so that a mistake is reported with its line and no value
+is guessed into another type. Everything else goes through `datasets`: .parquet, folders that
+`save_to_disk` wrote, folders of files with their splits, and hub ids. No code of a data set is ever
+run.
 """
 
 from __future__ import annotations
@@ -40,14 +41,15 @@ class Record:
 
 
 def read_records(path: str, key: str, splits: Sequence[str] = TRAINING_SPLITS) -> Iterator[Record]:
-    """The records of a .jsonl or .parquet file, a folder, or a hub id, in their stored order.
+    """Return an iterator over the records of a file, a folder or a hub id, in their stored order.
 
     Args:
+        path: a .jsonl or .parquet file, a folder, or the hub id of a data set.
         key: the setting that holds `path`, for messages.
-        splits: the first of these that the data set has is read (a lone split has no choice).
+        splits: the first of these that the data set has is read; a lone split, whatever its name.
 
     Raises:
-        DataError: naming the file and line, on iteration too.
+        DataError: at once for what cannot be found, during the iteration for a bad line or file.
     """
     if not is_local_path(path):
         return _read_folder(_downloaded(path, key), path.split("/")[-1], key, splits)
@@ -66,6 +68,7 @@ def read_records(path: str, key: str, splits: Sequence[str] = TRAINING_SPLITS) -
 
 
 def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
+    """Yield the records of a file that messages call `name`; blank lines are skipped."""
     with open(path, "rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
@@ -97,7 +100,7 @@ def _read_parquet(path: Path, key: str) -> Iterator[Record]:
 
 
 def _streamed(source: str, split: str, **options: Any) -> Any:
-    """Rows read from the files themselves: nothing is copied into a cache of the user's."""
+    """Return rows that are read from the files themselves; nothing fills the user's cache."""
     import datasets
 
     with tempfile.TemporaryDirectory() as cache:
@@ -107,7 +110,7 @@ def _streamed(source: str, split: str, **options: Any) -> Any:
 
 
 def _rows(load: Any, name: str, key: str) -> Iterator[Record]:
-    """The rows of `load()`, a data set of `datasets`; its errors become one line."""
+    """Yield the rows of `load()`, a data set of `datasets`; raise its errors as DataErrors."""
     from datasets.exceptions import DatasetsError
     from pyarrow.lib import ArrowException
 
@@ -124,6 +127,10 @@ def _rows(load: Any, name: str, key: str) -> Iterator[Record]:
 
 
 def _read_folder(folder: Path, name: str, key: str, splits: Sequence[str]) -> Iterator[Record]:
+    """Read what `save_to_disk` wrote, or the files of a split.
+
+    A split of .jsonl files is read here, any other through `datasets`.
+    """
     import datasets
 
     if (folder / "dataset_dict.json").is_file():
@@ -136,7 +143,6 @@ def _read_folder(folder: Path, name: str, key: str, splits: Sequence[str]) -> It
     split = _chosen(list(files), splits, key)
     if all(str(file).endswith(".jsonl") for file in files[split]):
         return _read_several(folder, files[split])
-
     return _rows(lambda: _streamed(str(folder), split), f"{name}/{split}", key)
 
 
@@ -147,7 +153,7 @@ def _read_several(folder: Path, files: Sequence[str]) -> Iterator[Record]:
 
 
 def _files_by_split(folder: Path, key: str) -> dict[str, list[str]]:
-    """Split -> its files, by the naming rules of `datasets` and the folder's README."""
+    """Return split -> its files, by the naming rules of `datasets` and the folder's README."""
     import datasets
     from datasets.exceptions import DatasetsError
 
@@ -175,6 +181,7 @@ def _files_by_split(folder: Path, key: str) -> dict[str, list[str]]:
 
 
 def _chosen(names: Sequence[str], splits: Sequence[str], key: str) -> str:
+    """Choose the first of `splits` among `names`, else the only name."""
     for split in splits:
         if split in names:
             return split
@@ -185,7 +192,7 @@ def _chosen(names: Sequence[str], splits: Sequence[str], key: str) -> str:
 
 
 def _downloaded(hub_id: str, key: str) -> Path:
-    """The data set `org/name` in the local hub cache, downloaded unless HF_HUB_OFFLINE is set."""
+    """Download the data set `org/name` unless HF_HUB_OFFLINE is set; return its cached folder."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError
 
@@ -207,7 +214,14 @@ Conversation = str | list[dict[str, Any]]
 
 
 def conversation_of(record: Record, field: str) -> Conversation:
-    """The prompt: text, or chat messages with role and content; raises DataError."""
+    """Return the record's prompt: text, or chat messages with role and content.
+
+    Args:
+        field: name of the field that holds the prompt.
+
+    Raises:
+        DataError: the field is missing, blank or malformed, or the chat ends with the assistant.
+    """
     where = f"{record.name} {field}"
     value = record.fields.get(field)
     if value is None:
@@ -252,12 +266,16 @@ def _message(message: Any, where: str) -> dict[str, Any]:
         raise DataError(
             where, shown(message), "messages with role and content as text", "correct the record"
         )
-    # Tables fill a field that only some messages have with nulls.
+    # Where only some messages have a field, tables fill it with nulls in the others.
     return {name: value for name, value in message.items() if value is not None}
 
 
 def answer_of(record: Record, field: str, needed: bool) -> str | None:
-    """The reference answer; None when nothing needs it and the field holds none.
+    """Return the reference answer as text; None when it is not needed and the field holds none.
+
+    Args:
+        field: name of the field that holds the answer.
+        needed: refuse a record without an answer.
 
     Raises:
         DataError: it is needed, and missing, blank, or neither text nor a number.
@@ -282,7 +300,7 @@ def teacher_of(record: Record, field: str | None, keys: Sequence[str]) -> str:
 
     Args:
         field: `data.teacher_field`, which names the teacher where there are several.
-        keys: of the configured teachers.
+        keys: keys of the configured teachers.
 
     Raises:
         DataError: an unknown name.

@@ -21,7 +21,7 @@ from megatron_vopd.types import FinishReason, Prompt, Rollout
 
 @dataclass(frozen=True)
 class Responses:
-    """Ready responses in the order of the data, and how many prompts were longer than allowed."""
+    """Ready responses in the order of the data, and the number whose prompt was too long."""
 
     rollouts: list[Rollout]
     num_too_long: int
@@ -39,10 +39,10 @@ def load_responses(
 
     Args:
         teachers: keys of the configured teachers.
-        stop_ids: ids that end a response; a text that stops gets the tokenizer's own end if it is
+        stop_ids: ids that end a response; a text that stops gets the tokenizer's EOS id if it is
             one of them, else the first.
         context: most tokens that prompt and response may have together.
-        vocab_size: of the models: ids are below it; None: the tokenizer's.
+        vocab_size: size of the models' vocabulary, which ids must be below; None: the tokenizer's.
 
     Raises:
         DataError: a record without response, with a wrong type or id, longer than `context`, or
@@ -78,6 +78,7 @@ def _ready(
     context: int,
     vocab_size: int,
 ) -> Rollout:
+    """Build the rollout of a record from its `response_ids`, else from its text."""
     given = record.fields.get("response_ids")
     if given is not None:
         response = _given_ids(record, vocab_size)
@@ -95,7 +96,7 @@ def _ready(
 
 
 def _require_same_prompt(record: Record, ids: Sequence[int]) -> None:
-    """A response was generated after these prompt ids and no others, where the record says so."""
+    """Refuse a record whose `prompt_ids` are not `ids`: it was generated after another prompt."""
     generated = record.fields.get("prompt_ids")
     if generated is None or list(ids) == generated:
         return
@@ -109,6 +110,7 @@ def _require_same_prompt(record: Record, ids: Sequence[int]) -> None:
 
 
 def _given_ids(record: Record, vocabulary_size: int) -> list[int]:
+    """Return the record's `response_ids`; DataError unless they are a list of valid ids."""
     ids = record.fields["response_ids"]
     good = isinstance(ids, list) and ids
     if good:
@@ -122,6 +124,7 @@ def _given_ids(record: Record, vocabulary_size: int) -> list[int]:
 def _text_ids(
     record: Record, tokenizer: PromptTokenizer, stop_ids: Sequence[int]
 ) -> tuple[list[int], FinishReason]:
+    """Tokenize the record's response, with an id that ends it unless it was cut by length."""
     text = record.fields.get("response")
     where = f"{record.name} response"
     if not isinstance(text, str):
@@ -141,7 +144,10 @@ def _text_ids(
 
 
 def shortened(rollout: Rollout, max_response_tokens: int) -> Rollout:
-    """The first `max_response_tokens` of a response (the curriculum's limit for ready ones)."""
+    """Cut a response to `max_response_tokens` (the curriculum's limit, applied to ready ones).
+
+    One that is cut gets the finish reason length.
+    """
     if len(rollout.response_ids) <= max_response_tokens:
         return rollout
     ids, logprobs = rollout.response_ids, rollout.rollout_logprobs

@@ -1,4 +1,4 @@
-"""Which token ids end a response (`data.eos_contract`).
+"""The token ids that end a response, agreed between the models of a run (`data.eos_contract`).
 
 A base model often ends with one id and its instruct sibling with two. When student and teacher
 disagree and nobody decides, the student never learns to stop and responses grow without bound.
@@ -17,12 +17,12 @@ _SETTING = "data.eos_contract"
 def agreed_stop_ids(
     contract: str | None, student: frozenset[int], teachers: Mapping[str, frozenset[int]]
 ) -> tuple[int, ...]:
-    """The ids that stop a response, ascending.
+    """Return the ids that stop a response, ascending.
 
     Args:
-        contract: student, teacher, union; None: all sets must be equal.
+        contract: whose ids are used: student, teacher or union; None: all sets must be equal.
         student: end-of-sequence ids of the student.
-        teachers: the same by key of each teacher; empty when none scores.
+        teachers: end-of-sequence ids of each teacher that scores, by its key.
 
     Raises:
         UserError: the sets differ without a contract, or the chosen set is empty.
@@ -54,7 +54,10 @@ def stop_ids(contract: str | None, models: Mapping[str, ModelFolder]) -> tuple[i
     Each model's own ids come from generation_config.json, else config.json, else its tokenizer.
 
     Args:
-        models: the student, and by its key each teacher that scores.
+        models: the student and each teacher that scores, by key.
+
+    Raises:
+        UserError: as `agreed_stop_ids`.
     """
     ids = {key: model.eos_ids for key, model in models.items()}
     return agreed_stop_ids(contract, ids.pop("student"), ids)

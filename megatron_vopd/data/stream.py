@@ -1,6 +1,6 @@
 """The order in which a run sees its prompts: reshuffled each epoch, exact over restarts.
 
-The order of an epoch is that of a hash of (seed, epoch, name of the item): it depends on no random
+Each epoch is sorted by a hash of (seed, epoch, name of the item): the order depends on no random
 number generator and no library version, and a resumed run needs only the epoch and the position.
 """
 
@@ -27,7 +27,10 @@ def _hash(*parts: object) -> bytes:
 
 
 def fingerprint(items: Sequence[Prompt | Rollout]) -> str:
-    """Identity of the data: names, token ids, answers and teachers of all items, in order."""
+    """Hash names, token ids, answers and teachers of all items, in order: 16 hexadecimal digits.
+
+    It identifies the data that a checkpoint's position refers to.
+    """
     digest = hashlib.sha256()
     for item in items:
         prompt = item.prompt if isinstance(item, Rollout) else item
@@ -40,12 +43,13 @@ def fingerprint(items: Sequence[Prompt | Rollout]) -> str:
 def split_held_out(
     prompts: Sequence[Prompt], num_held_out: int, seed: int
 ) -> tuple[list[Prompt], list[Prompt]]:
-    """(prompts to train on, held-out prompts): disjoint in content, the same for equal arguments.
+    """Split prompts into (those to train on, held-out ones), disjoint in content.
 
-    A prompt whose ids repeat those of a held-out one is in neither list.
+    Equal arguments give equal lists. A prompt whose ids repeat those of a held-out one is in
+    neither list.
 
     Raises:
-        UserError: nothing would be left to train on.
+        UserError: there are not `num_held_out` different prompts, or none is left to train on.
     """
     order = sorted(prompts, key=lambda prompt: _hash("held out", seed, prompt.prompt_id))
     held_out: list[Prompt] = []
@@ -75,11 +79,11 @@ def split_held_out(
 class PromptStream(Generic[Item]):
     """An endless, resumable sequence of prompts (or of ready rollouts).
 
-    Each epoch gives every item once, in an order of its own.
+    Each epoch gives every item once, in another order.
 
     Args:
         prompts: at least one; names must differ.
-        seed: of the order.
+        seed: seed of the order.
     """
 
     def __init__(self, prompts: Sequence[Item], seed: int) -> None:
@@ -97,7 +101,7 @@ class PromptStream(Generic[Item]):
         self._order = self._ordered()
 
     def __len__(self) -> int:
-        """Items of one epoch."""
+        """Return the number of items in one epoch."""
         return len(self._items)
 
     @property
@@ -106,7 +110,7 @@ class PromptStream(Generic[Item]):
         return self._epoch
 
     def next(self, n: int) -> list[Item]:
-        """The next `n` items; the last ones of an epoch are followed by the first of the next."""
+        """Return the next `n` items; the last of an epoch are followed by the first of the next."""
         result: list[Item] = []
         while len(result) < n:
             taken = self._order[self._position : self._position + n - len(result)]
@@ -118,7 +122,7 @@ class PromptStream(Generic[Item]):
         return result
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values: where the stream stands, and in which data."""
+        """Return the stream's position and the identity of its data, as JSON values."""
         return {
             "epoch": self._epoch,
             "position": self._position,
@@ -129,7 +133,7 @@ class PromptStream(Generic[Item]):
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where `state` was taken.
+        """Resume from the position in `state`.
 
         Raises:
             UserError: the state belongs to other data (both are named) or to another seed.

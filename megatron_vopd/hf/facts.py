@@ -1,7 +1,7 @@
-"""The facts of a HuggingFace config that decide a model's shape, and what they allow.
+"""The facts of a HuggingFace config that decide a model's shape, and the layouts that they allow.
 
-Read once from the config, then handed on as plain numbers: the model builder, the weight mapping
-and the preflight all work from `ModelFacts`.
+Read once from the config and passed on as plain numbers: the model builder, the weight mapping and
+the preflight all work from `ModelFacts`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ARCHITECTURES: dict[str, tuple[bool, bool, bool]] = {
     "qwen3_moe": (False, True, True),
 }
 
-# Used by transformers where the config does not say; elsewhere it is hidden_size / heads.
+# What transformers uses when the config has no head_dim; for other types hidden_size / heads.
 _DEFAULT_HEAD_DIM = {"qwen3": 128}
 
 # Rows of the padded vocabulary on a tp rank are a multiple of this: 8 bf16 values are 16 bytes.
@@ -34,7 +34,15 @@ class ModelError(UserError):
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """Shape of one supported model. Sizes are global (before any parallel cut)."""
+    """Shape of one supported model. Sizes are global (before any parallel cut).
+
+    Attributes:
+        ffn_size: width of a dense layer's MLP.
+        max_positions: `max_position_embeddings` of the config, in tokens.
+        tied: the output head shares the embedding's weight.
+        num_experts: experts of a layer; this and the other expert sizes are 0 in a dense model.
+        normalize_expert_probs: the chosen experts' probabilities are made to sum to 1.
+    """
 
     model_type: str
     num_layers: int
@@ -65,12 +73,12 @@ class ModelFacts:
         return ARCHITECTURES[self.model_type][2]
 
     def padded_vocab_size(self, tp: int) -> int:
-        """Rows of the embedding over all `tp` ranks: the vocabulary rounded up to equal shards."""
+        """Round the vocabulary up to equal, aligned shards: embedding rows over all `tp` ranks."""
         unit = VOCAB_ALIGNMENT * tp
         return -(-self.vocab_size // unit) * unit
 
 
-# Settings of a config that would change the computation and that the model builder does not build.
+# Settings that would change the computation, and their values that the model builder supports.
 _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
     ("hidden_act", ("silu",)),
     ("attention_bias", (None, False)),
@@ -83,11 +91,11 @@ _UNSUPPORTED: tuple[tuple[str, tuple[Any, ...]], ...] = (
 
 
 def facts_from_config(config: Mapping[str, Any], where: str = "config.json") -> ModelFacts:
-    """Facts of a normalised HF config (`PretrainedConfig.to_dict()`).
+    """Read the facts from a normalised HF config (`PretrainedConfig.to_dict()`).
 
     Args:
         config: keys as transformers writes them.
-        where: named in errors.
+        where: name of the config, for messages.
 
     Raises:
         ModelError: an architecture or a setting that is not supported.
@@ -130,24 +138,32 @@ def facts_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
 
 
 def _is_architecture_default(model_type: str, key: str) -> bool:
-    """Qwen2 always has q/k/v biases, whatever a stray `attention_bias` in its config says."""
+    """Return True if the architecture ignores the setting.
+
+    Qwen2 always has q/k/v biases, whatever a stray `attention_bias` in its config says.
+    """
     return model_type == "qwen2" and key == "attention_bias"
 
 
 def kv_repeat(facts: ModelFacts, tp: int, trained: bool) -> int:
-    """Times each KV head is repeated: tp / KV heads in a frozen model that has fewer than tp."""
+    """Return how often each KV head is repeated on `tp` ranks.
+
+    tp / KV heads in a frozen model that has fewer KV heads than tp, else 1.
+    """
     return 1 if trained else max(1, tp // facts.num_kv_heads)
 
 
 def layout_problems(
     facts: ModelFacts, layout: Layout, trained: bool, sequence_parallel: bool = False
 ) -> list[str]:
-    """Why this model cannot be cut this way: one line per reason, with the sizes that would work.
+    """List why this model cannot be cut this way: one line per reason, with sizes that would work.
 
     Args:
-        trained: the student (True) or a frozen model, whose KV heads are repeated when it is loaded
-            with a larger tp.
-        sequence_parallel: whether activations are cut along the sequence between tp ranks.
+        trained: the student (True) or a frozen model.
+        sequence_parallel: activations are cut along the sequence between tp ranks.
+
+    Returns:
+        Lines that begin with the axis, such as `tp=3`; none if the layout fits.
     """
     problems = []
     cuts = [

@@ -1,7 +1,7 @@
-"""Models by hub id: the folder in the local hub cache, downloaded first where it is not there.
+"""Models by hub id: their folders in the local hub cache, downloaded first where they are missing.
 
-Only files that a model needs are fetched: no Python, nothing pickled. `HF_HUB_OFFLINE=1` keeps to
-what the cache has. Ranks of one machine may call at once: the hub client locks each file.
+Only files that a model needs are fetched: no Python, nothing pickled. Under `HF_HUB_OFFLINE=1`
+nothing is downloaded. Ranks of one machine may call at once: the hub client locks each file.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ _WEIGHTS = ["*.safetensors"]
 
 
 def local_model_folder(path: str, key: str, weights: bool = True) -> str:
-    """`path` itself when it is local, else the folder of the hub id.
+    """Return the folder of a model: `path` itself if it is local, else that of the hub id.
 
     Args:
+        path: local path (`~` is expanded) or hub id.
         key: the setting that holds `path`, for messages.
         weights: False leaves the weights out (config, tokenizer, templates only).
 
     Raises:
-        UserError: the hub, or the cache when offline, does not give it.
+        UserError: the hub, or the cache when offline, does not have it.
     """
     if is_local_path(path):
         return os.path.expanduser(path)

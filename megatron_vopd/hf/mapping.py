@@ -58,7 +58,17 @@ class ShardPlan:
 
 @dataclass(frozen=True)
 class Rule:
-    """One parameter. `{i}` is the layer, `{e}` the expert: numbered per rank, or globally in HF."""
+    """One parameter: its names in megatron-core and in HF, and its cut over tp ranks.
+
+    In names `{i}` stands for the layer and `{e}` for the expert: numbered from the rank's first one
+    in megatron-core, globally in HF.
+
+    Attributes:
+        local: name under megatron-core's local layer spec.
+        te: name under the TransformerEngine layer spec.
+        hf: HF tensors that the parameter is made of.
+        when: the models that have it, as in `applies`.
+    """
 
     local: str
     te: str
@@ -67,6 +77,7 @@ class Rule:
     when: str = "always"
 
     def megatron(self, spec: LayerSpec) -> str:
+        """Return megatron-core's name under `spec`, with its placeholders."""
         return self.te if spec == "te" else self.local
 
 
@@ -76,6 +87,7 @@ _HF_ATTN, _HF_EXPERT = _HF + "self_attn.", _HF + "mlp.experts.{e}."
 
 
 def _same(name: str, hf: tuple[str, ...], cut: Cut, when: str = "always") -> Rule:
+    """Make a rule whose parameter has the same name under both layer specs."""
     return Rule(name, name, hf, cut, when)
 
 
@@ -155,7 +167,7 @@ TIED_HEAD_RULE = _same("output_layer.weight", ("model.embed_tokens.weight",), "v
 
 
 def applies(rule: Rule, facts: ModelFacts) -> bool:
-    """Whether this model has the parameter."""
+    """Return True if this model has the parameter."""
     return {
         "always": True,
         "qkv_bias": facts.qkv_bias,
@@ -168,7 +180,7 @@ def applies(rule: Rule, facts: ModelFacts) -> bool:
 
 
 def hf_shape(name: str, facts: ModelFacts) -> tuple[int, ...]:
-    """Global shape of an HF tensor, by its last two name parts."""
+    """Return the global shape of an HF tensor, which its last two name parts decide."""
     hidden, heads, kv = facts.hidden_size, facts.num_heads, facts.num_kv_heads
     ffn = facts.expert_ffn_size if ".experts." in name else facts.ffn_size
     owner, kind = name.split(".")[-2:]
@@ -199,23 +211,23 @@ class Unit:
     expert: int | None = None
 
     def hf_names(self) -> list[str]:
-        """HF names of the unit in HF's order: weight and bias of a projection stay together."""
+        """Return the HF names in HF's order: weight and bias of a projection stay together."""
         columns = [rule.hf for rule in self.rules]
         names = [name for together in zip(*columns, strict=True) for name in together]
         return [name.format(i=self.layer, e=self.expert) for name in names]
 
     def stage(self, facts: ModelFacts, layout: Layout) -> int:
-        """The pipeline stage that holds it."""
+        """Return the pipeline stage that holds the unit."""
         if self.layer is not None:
             return self.layer // (facts.num_layers // layout.pp)
         return 0 if self.rules == EMBEDDING_RULES else layout.pp - 1
 
     def expert_rank(self, facts: ModelFacts, layout: Layout) -> int | None:
-        """The expert-parallel rank that holds it; None when every rank of the stage does."""
+        """Return the expert-parallel rank that holds it; None: every rank of the stage does."""
         return None if self.expert is None else self.expert // (facts.num_experts // layout.ep)
 
     def megatron_name(self, rule: Rule, spec: LayerSpec, facts: ModelFacts, layout: Layout) -> str:
-        """Parameter name on the rank that holds it; it counts layers and experts from its first."""
+        """Return the parameter's name on its rank, which counts layers and experts from 0."""
         layer, expert = self.layer or 0, self.expert or 0
         local_layer = layer % (facts.num_layers // layout.pp)
         local_expert = expert % max(1, facts.num_experts // layout.ep)
@@ -224,7 +236,11 @@ class Unit:
     def plan(
         self, rule: Rule, facts: ModelFacts, rank: int, tp: int, kv_repeat: int = 1
     ) -> ShardPlan:
-        """Plan of one of the rules on tensor-parallel rank `rank`. Experts are never cut."""
+        """Plan one of the unit's parameters on tensor-parallel rank `rank`; experts are not cut.
+
+        Args:
+            kv_repeat: times each KV head is repeated (`facts.kv_repeat`).
+        """
         names = tuple(name.format(i=self.layer, e=self.expert) for name in rule.hf)
         if self.expert is not None:
             rank, tp = 0, 1
@@ -232,7 +248,7 @@ class Unit:
 
 
 def layer_units(facts: ModelFacts, layer: int) -> Iterator[Unit]:
-    """Units of one layer, in HF's order; experts one after another, each with all its tensors."""
+    """Yield the units of one layer in HF's order; experts one by one, each with all its tensors."""
     present = [rule for rule in LAYER_RULES if applies(rule, facts)]
     for is_expert, rules in groupby(present, key=lambda rule: "{e}" in rule.local):
         if is_expert:
@@ -245,7 +261,7 @@ def layer_units(facts: ModelFacts, layer: int) -> Iterator[Unit]:
 
 
 def model_units(facts: ModelFacts) -> Iterator[Unit]:
-    """All units of the model in HF's order."""
+    """Yield all units of the model in HF's order."""
     yield Unit(EMBEDDING_RULES)
     for layer in range(facts.num_layers):
         yield from layer_units(facts, layer)
@@ -253,12 +269,12 @@ def model_units(facts: ModelFacts) -> Iterator[Unit]:
 
 
 def hf_tensors(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
-    """Name and global shape of every tensor of the HF checkpoint, in HF's order."""
+    """Return name -> global shape of every tensor of the HF checkpoint, in HF's order."""
     return {name: hf_shape(name, facts) for unit in model_units(facts) for name in unit.hf_names()}
 
 
 def _blocks(cut: Cut, names: tuple[str, ...], facts: ModelFacts, kv_repeat: int) -> list[tuple]:
-    """The uncut parameter as a stack of row blocks: (HF name, first HF row, number of rows)."""
+    """Describe the uncut parameter as row blocks: (HF name, first HF row, number of rows)."""
     if cut != "qkv":
         return [(name, 0, hf_shape(name, facts)[0]) for name in names]
     q_name, k_name, v_name = names
@@ -274,7 +290,7 @@ def _blocks(cut: Cut, names: tuple[str, ...], facts: ModelFacts, kv_repeat: int)
 
 
 def _row_ranges(cut: Cut, blocks: list[tuple], rank: int, tp: int) -> list[tuple[int, int]]:
-    """This rank's row ranges [start, stop) of the stacked blocks."""
+    """Return this rank's row ranges [start, stop) of the stacked blocks."""
     total = sum(rows for _, _, rows in blocks)
     if cut == "qkv":
         return [(rank * total // tp, (rank + 1) * total // tp)]
@@ -288,10 +304,10 @@ def _row_ranges(cut: Cut, blocks: list[tuple], rank: int, tp: int) -> list[tuple
 def shard_plan(
     cut: Cut, names: tuple[str, ...], facts: ModelFacts, rank: int, tp: int, kv_repeat: int = 1
 ) -> ShardPlan:
-    """Shape and pieces of one parameter on tensor-parallel rank `rank` of `tp`.
+    """Plan shape and pieces of one parameter on tensor-parallel rank `rank` of `tp`.
 
     Args:
-        names: the HF tensors, formatted with layer and expert.
+        names: the HF tensors, with the numbers of layer and expert filled in.
         kv_repeat: times each KV head is repeated (frozen models with fewer KV heads than tp).
     """
     shape = hf_shape(names[0], facts)
@@ -323,7 +339,12 @@ def shard_plan(
 def shard_parameters(
     facts: ModelFacts, layout: Layout, at: Coordinates, spec: LayerSpec, kv_repeat: int = 1
 ) -> dict[str, ShardPlan]:
-    """Every parameter that the rank at `at` holds: its name in megatron-core, and its plan."""
+    """Plan every parameter that the rank at `at` holds; keys are its names in megatron-core.
+
+    Args:
+        spec: layer spec of the model, which decides the names.
+        kv_repeat: times each KV head is repeated (`facts.kv_repeat`).
+    """
     plans = {}
     for unit in model_units(facts):
         if unit.stage(facts, layout) != at.pp:

@@ -1,7 +1,7 @@
-"""The models of a run: hub ids resolved, folders read, once for everybody who asks.
+"""The models of a run: hub ids resolved and folders read, once for all of the package.
 
-Config, tokenizer and templates come first; weights are fetched when the data has been read, because
-they take longest.
+Config, tokenizer and templates are fetched first; weights follow when the data has been read,
+because they take longest.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from megatron_vopd.hf.hub import local_model_folder
 def read_models(
     paths: Mapping[str, str], known: Mapping[str, ModelFolder] | None = None
 ) -> dict[str, ModelFolder]:
-    """Resolve every model's path or hub id and read what its folder says of itself.
+    """Resolve every model's path or hub id, and read the folder's config and tokenizer.
 
     Args:
         paths: key of the model (`student`, `teacher`, `teachers.<name>`) -> path or hub id.
-        known: models that were read already; they are not read again.
+        known: models that were read before, by key; they are not read again.
 
     Returns:
         Models by key, in the order of `paths`; `path` of each is a local folder.
 
     Raises:
-        UserError: naming the setting `<key>.path`: the hub does not give it, or it is no model.
+        UserError: naming the setting `<key>.path`: the hub does not have it, or the folder is no
+            supported model.
     """
     return {key: (known or {}).get(key) or _read(key, path) for key, path in paths.items()}
 
@@ -44,8 +45,12 @@ def _read(key: str, path: str) -> ModelFolder:
 def fetch_weights(paths: Mapping[str, str], models: Mapping[str, ModelFolder]) -> None:
     """Download the weights of the models that are hub ids; local folders are left as they are.
 
+    Args:
+        paths: key of the model -> path or hub id, as given to `read_models`.
+        models: result of `read_models`.
+
     Raises:
-        UserError: the hub does not give them, or its model has changed since it was read.
+        UserError: the hub does not have them, or its model has changed since it was read.
     """
     for key, path in paths.items():
         folder = local_model_folder(path, f"{key}.path")

@@ -1,1 +1,1 @@
-"""What can be known before anything starts: checks, rank map, memory."""
+"""Checks of a configuration before anything starts: problems, rank map, memory estimate."""

@@ -7,13 +7,13 @@ rank q = query width, k = width of the keys (values alike), f = width of the MLP
                      cuda   input and output: 2 e h
     attention        the q-k-v product e (q + 2k), rotated queries and keys, the mixed values, and
                      what q- and k-norms keep; the CPU copies the mixed values once more, the CUDA
-                     kernel of the local layers wants keys and values repeated to the queries' width
+                     kernel of the local layers needs keys and values repeated to the queries' width
     MLP              local  five of f: gate and up together, silu(gate), up, product: 5 e f
                      te     gate and up together, product: 3 e f
 
 A mixture of experts keeps its tokens once more before and after the experts, times experts per
-token; tokens are taken as evenly spread. Sequence parallelism cuts the h terms by tp. Left out:
-reciprocal norms, log-sum-exps, rotary tables and masks, all of which are narrower than a head.
+token; tokens are assumed to be spread evenly. Sequence parallelism cuts the h terms by tp. Not
+counted: reciprocal norms, log-sum-exps, rotary tables and masks, all narrower than a head.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ Recompute = Literal["none", "selective", "full"]
 
 @dataclass(frozen=True)
 class LayerMemory:
-    """One layer on one rank, bytes per token of a packed row (of this context-parallel rank).
+    """The memory of one layer on one rank, in bytes per token of its part of a packed row.
 
     Attributes:
-        kept: for the backward pass, nothing recomputed.
-        kept_selective: where attention is computed again.
-        kept_full: where the whole layer is: its input.
-        backward: of gradients on the way, beside what is kept.
-        forward: while it runs without a backward pass.
+        kept: kept for the backward pass when nothing is recomputed.
+        kept_selective: kept when attention is recomputed.
+        kept_full: kept when the whole layer is recomputed: its input.
+        backward: gradients that exist during the backward pass, beside what is kept.
+        forward: needed while the layer runs without a backward pass.
     """
 
     kept: float
@@ -47,6 +47,7 @@ class LayerMemory:
     forward: float
 
     def kept_by(self, recompute: Recompute) -> float:
+        """Return the bytes per token that are kept under a setting of `student.recompute`."""
         kept = {"none": self.kept, "selective": self.kept_selective, "full": self.kept_full}
         return kept[recompute]
 
@@ -59,11 +60,13 @@ def layer_memory(
     trained: bool,
     sequence_parallel: bool = False,
 ) -> LayerMemory:
-    """What a layer of the model needs in this layout.
+    """Compute the memory of one layer of the model in this layout.
 
     Args:
         kind: cpu, or on a GPU the layer specification: local or te.
         item_size: bytes of one activation.
+        trained: the student (True) or a frozen model, whose KV heads may be repeated.
+        sequence_parallel: the h terms are cut by tp.
     """
     e, cut = item_size, layout.tp if sequence_parallel else 1
     hidden = facts.hidden_size / cut
@@ -84,7 +87,12 @@ def layer_memory(
 
 
 def _attention(kind: Kind, e: int, q: float, k: float, qk_norm: bool) -> tuple[float, float]:
-    """(kept, of that what selective recomputation gives up), bytes per token."""
+    """Return (bytes kept per token, how many of them selective recomputation saves).
+
+    Args:
+        e: bytes of one value.
+        q, k: widths of queries and of keys on this rank.
+    """
     product = e * (q + 2 * k)
     if kind == "cpu":
         copied_keys = 0 if e == 4 else 4 * k
@@ -99,7 +107,12 @@ def _attention(kind: Kind, e: int, q: float, k: float, qk_norm: bool) -> tuple[f
 def _mlp(
     facts: ModelFacts, layout: Layout, kind: Kind, e: int, hidden: float
 ) -> tuple[float, float]:
-    """(kept bytes, width of one intermediate) per token."""
+    """Return (bytes kept per token, width of one intermediate in values).
+
+    Args:
+        e: bytes of one value.
+        hidden: hidden size on this rank, cut by tp under sequence parallelism.
+    """
     widths = 3 if kind == "te" else 5
     if not facts.is_moe:
         width = facts.ffn_size / layout.tp

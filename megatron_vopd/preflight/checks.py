@@ -1,6 +1,6 @@
 """Checks of a configuration against the models that it names, before anything is loaded.
 
-Only local folders are looked into; hub ids are listed as not checked. Every finding is one line:
+Only local folders are read; hub ids are listed as not checked. Every finding is one line:
 a Problem (refused) or a Notice.
 """
 
@@ -21,9 +21,13 @@ from megatron_vopd.types import Layout, is_local_path
 
 @dataclass
 class Findings:
-    """What a check found; `cuts` holds the layouts by model, and is empty when they do not fit.
+    """The result of a check.
 
-    `models` are those that could be read, by key.
+    Attributes:
+        problems: mistakes, each of which is refused.
+        notices: remarks that are no mistakes.
+        cuts: layouts by key of the model; empty when they do not fit the world.
+        models: models that could be read, by key.
     """
 
     problems: list[Problem] = field(default_factory=list)
@@ -43,7 +47,7 @@ def preflight(
     """Find every problem and notice of `config` on `world_size` ranks.
 
     Args:
-        models: all models of the run, where they were read already; None reads the local ones.
+        models: all models of the run, if they were read before; None: the local ones are read.
     """
     findings = Findings(world_problems(config, world_size), config_notices(config))
     if not cut_problems(config, world_size):
@@ -69,7 +73,7 @@ def preflight(
 
 
 def _read_models(paths: Mapping[str, str], findings: Findings) -> dict[str, ModelFolder]:
-    """Read every local model that can be read; add what cannot to `findings`."""
+    """Read every local model; report in `findings` those that cannot be read, and hub ids."""
     models: dict[str, ModelFolder] = {}
     for key, path in paths.items():
         if not is_local_path(path):
@@ -92,6 +96,7 @@ def _read_models(paths: Mapping[str, str], findings: Findings) -> dict[str, Mode
 def _layout_problems(
     key: str, model: ModelFolder, layout: Layout, sequence_parallel: bool
 ) -> list[Problem]:
+    """Report every axis along which the model cannot be cut by `layout`."""
     trained = key == "student"
     section = "parallel" if trained else key
     reasons = layout_problems(model.facts, layout, trained, trained and sequence_parallel)
@@ -121,6 +126,7 @@ def _context_problems(
 
 
 def _engine_problems(key: str, model: ModelFolder, tp: int) -> list[Problem]:
+    """Require that `rollout.tp` divides the student's heads."""
     heads = model.facts.num_heads
     if key != "student" or heads % tp == 0:
         return []
@@ -129,7 +135,7 @@ def _engine_problems(key: str, model: ModelFolder, tp: int) -> list[Problem]:
 
 
 def _id_problems(key: str, model: ModelFolder) -> list[Problem]:
-    """Token ids beyond the embedding."""
+    """Report a tokenizer or EOS id that the embedding has no row for."""
     ids = [*(model.vocabulary or {}).values(), *model.eos_ids]
     largest = max(ids, default=0)
     if largest < model.facts.vocab_size:
@@ -151,7 +157,10 @@ def _compare(
     contract: str | None,
     findings: Findings,
 ) -> None:
-    """Tokenizer, end-of-sequence ids and chat template of one teacher against the student."""
+    """Compare tokenizer, EOS ids and chat template of a teacher with the student's.
+
+    Differences are added to `findings`, as problems or notices.
+    """
     if student.vocabulary is None or teacher.vocabulary is None:
         text = "tokenizers not compared: no tokenizer.json in one of the folders"
         findings.notices.append(Notice(f"{key}.path", text))
@@ -184,6 +193,7 @@ def _compare(
 def _vocabulary_problems(
     key: str, student: dict[str, int], teacher: dict[str, int]
 ) -> list[Problem]:
+    """Require that every token has the same id in both; report how many have not."""
     differing = [
         token
         for token in student.keys() | teacher.keys()
@@ -201,7 +211,7 @@ def _vocabulary_problems(
 
 
 def _contract_problems(contract: str | None, models: Mapping[str, ModelFolder]) -> list[Problem]:
-    """The contract must name one set of EOS ids, and that set must not be empty."""
+    """Require that the contract names one set of EOS ids, and that it is not empty."""
     teachers = {model.eos_ids for key, model in models.items() if key != "student"}
     if contract == "teacher" and len(teachers) > 1:
         remedy = "set data.eos_contract=union"

@@ -1,19 +1,19 @@
-"""Memory per rank before anything is started: a formula from sizes, part by part.
+"""An estimate of each rank's memory before anything is started: a sum of parts from sizes.
 
 What a rank holds all the time (weights, gradients, optimizer, teacher) is counted exactly, from the
-same table that loads the weights. Beside it, a step goes through phases that follow one another,
-and each needs something more; the peak is what is held plus the most demanding phase::
+same table that loads the weights (`hf/mapping.py`). Beside it, a step goes through phases, each of
+which needs something more; the peak is what is held plus the most demanding phase::
 
     rollout     the share of the GPU of a local engine, which sleeps in all other phases but `push`
     scoring     the teacher's activations, the hidden states that it hands over
-    loss        activations of the microbatches under way, both models' logits of a chunk
+    loss        activations of the microbatches in flight, both models' logits of a chunk
     backward    the same activations, the gradients of head and hidden states
     update      the optimizer's temporaries
     push        two layer groups of the student's weights, the engine
 
-Rows are taken as full and of response tokens alone. Not counted: what a process holds beside
-tensors (Python and libraries, CUDA context, NCCL buffers; a dry run measures it), fragmentation,
-and experts that get more than their share of tokens.
+Rows are assumed to be full and to hold response tokens alone. Not counted: what a process holds
+beside tensors (Python and libraries, CUDA context, NCCL buffers; a dry run measures it),
+fragmentation, and experts that get more than their share of tokens.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ HELD = ("student weights", "gradients", "optimizer", "teacher weights", "teacher
 
 @dataclass(frozen=True)
 class Machine:
-    """What the ranks run on.
+    """The hardware of the ranks.
 
     Attributes:
         kind: cpu, or on a GPU the layer specification: local or te.
-        memory: of one GPU, bytes, of which a local engine takes its share.
+        memory: memory of one GPU in bytes, of which a local engine takes its share.
     """
 
     kind: Kind
@@ -49,13 +49,13 @@ class Machine:
 
 @dataclass(frozen=True)
 class Workload:
-    """Tokens of a step, of one data-parallel replica of the student.
+    """The tokens of one step on one data-parallel replica of the student.
 
     Attributes:
-        row: of the longest packed row.
-        response: of that row's responses.
-        num_rows: microbatches.
-        step_response: of all responses of the replica.
+        row: tokens of the longest packed row.
+        response: response tokens of that row.
+        num_rows: number of rows (microbatches).
+        step_response: response tokens of all rows.
     """
 
     row: int
@@ -65,7 +65,11 @@ class Workload:
 
 
 def workload(config: Config, num_replicas: int) -> Workload:
-    """The most that `config` allows: every prompt and response of full length."""
+    """Return the largest workload that `config` allows: every prompt and response at full length.
+
+    Args:
+        num_replicas: data-parallel size of the student.
+    """
     rollout = config.rollout
     number = math.ceil(rollout.num_prompts * rollout.samples_per_prompt / num_replicas)
     longest = config.max_response_tokens
@@ -76,12 +80,14 @@ def workload(config: Config, num_replicas: int) -> Workload:
 
 @dataclass(frozen=True)
 class RankMemory:
-    """One rank's estimate, bytes.
+    """The estimate of one rank, in bytes.
 
     Attributes:
-        held: parts that are there all the time.
-        phases: phase -> parts that it needs beside them.
-        host: in host memory, beside a GPU's.
+        rank: global rank.
+        held: part -> bytes held all the time.
+        phases: phase -> part -> bytes needed during it, beside what is held.
+        host: host memory that holds weights and states of offloaded teachers, on a GPU machine.
+        place: coordinates in the student's layout.
     """
 
     rank: int
@@ -91,14 +97,17 @@ class RankMemory:
     place: Coordinates = field(default=Coordinates(0, 0, 0, 0, 0))
 
     def phase_bytes(self, phase: str) -> float:
+        """Return the bytes needed during `phase`, beside what is held."""
         return sum(self.phases[phase].values())
 
     @property
     def worst_phase(self) -> str:
+        """The phase that needs most."""
         return max(self.phases, key=self.phase_bytes)
 
     @property
     def peak(self) -> float:
+        """The most bytes that the rank has at any time."""
         return sum(self.held.values()) + self.phase_bytes(self.worst_phase)
 
 
@@ -112,7 +121,7 @@ class _Model:
     layer: LayerMemory
 
     def numbers(self, stage: int, trained: bool) -> tuple[int, int, int]:
-        """Parameters of a rank of the stage: (not experts, experts, largest)."""
+        """Count the parameters of a rank of the stage: (all but experts, experts, largest one)."""
         repeat = kv_repeat(self.facts, self.layout.tp, trained)
         return _numbers(self.facts, self.layout, stage, repeat)
 
@@ -145,11 +154,11 @@ def estimate(
     layouts: Mapping[str, Layout],
     machine: Machine,
 ) -> list[RankMemory]:
-    """Every rank's memory, by rank.
+    """Estimate the memory of every rank, in rank order.
 
     Args:
-        facts: of `student` and of each scoring teacher by its key.
-        layouts: of the same models, from `config.world.layouts`.
+        facts: shapes of `student` and of each scoring teacher, by key.
+        layouts: layouts of the same models, from `config.world.layouts`.
     """
     model = (facts["student"], layouts["student"], machine)
     cut, split = config.parallel.sequence_parallel, config.optimizer.distributed
@@ -231,6 +240,7 @@ def _rank_memory(
 
 
 def _student_held(student: _Student, stage: int) -> dict[str, float]:
+    """Return part -> bytes that the student holds all the time on a rank of `stage`."""
     dense, experts, _ = student.numbers(stage, trained=True)
     layout = student.layout
     split = layout.dp * layout.cp if student.distributed else 1
@@ -244,7 +254,10 @@ def _student_held(student: _Student, stage: int) -> dict[str, float]:
 
 
 def _teacher_weights(teacher: _Model, rank: int) -> float:
-    """Without its head, which is on the student's side."""
+    """Return the bytes of the teacher's weights on `rank`, without its head.
+
+    The head is on the ranks of the student's last stage.
+    """
     stage = teacher.layout.coordinates(rank).pp
     dense, experts, _ = teacher.numbers(stage, trained=False)
     is_last = stage == teacher.layout.pp - 1
@@ -255,7 +268,7 @@ def _teacher_weights(teacher: _Model, rank: int) -> float:
 
 
 def _head_rows(student: _Model, common_vocab_size: int) -> int:
-    """Columns of the vocabulary on the first tp rank of the student, which has the most."""
+    """Return the vocabulary columns of the student's first tp rank, which has the most."""
     tp = student.layout.tp
     return min(student.facts.padded_vocab_size(tp) // tp, common_vocab_size)
 
@@ -263,11 +276,15 @@ def _head_rows(student: _Model, common_vocab_size: int) -> int:
 def _scoring(
     teacher: _Model, student: _Model, work: Workload, rank: int, is_last: bool
 ) -> tuple[float, float, float]:
-    """(activations, hidden states of its own rows, those that the student's stage receives)."""
+    """Return bytes of (activations, hidden states that the rank computes, those it receives).
+
+    Args:
+        is_last: the rank is on the student's last stage, which receives hidden states.
+    """
     width = teacher.facts.hidden_size * teacher.item_size
-    ends = teacher.layout.coordinates(rank).pp == teacher.layout.pp - 1
+    has_states = teacher.layout.coordinates(rank).pp == teacher.layout.pp - 1
     share = student.layout.dp / teacher.layout.dp
-    sent = work.step_response * share * width if ends else 0.0
+    sent = work.step_response * share * width if has_states else 0.0
     received = work.step_response / student.layout.cp * width if is_last else 0.0
     return work.row * teacher.layer.forward, sent, received
 
@@ -275,27 +292,31 @@ def _scoring(
 def _training(
     student: _Student, stage: int, work: Workload, machine: Machine, waiting: float
 ) -> dict[str, dict[str, float]]:
-    """The phases backward, update and, on the last stage, loss."""
-    under_way = _under_way(student, stage, work, machine)
+    """Return the phases backward, update and, on the last stage, loss.
+
+    Args:
+        waiting: bytes of hidden states that wait for the loss.
+    """
+    in_flight = _in_flight(student, stage, work, machine)
     row, layer = work.row / student.layout.cp, student.layer
     again = layer.kept - layer.kept_full if student.recompute == "full" else 0.0
     fused = machine.kind == "te"
     weight = 0.0 if fused else _largest_layer_weight(student.facts, student.layout)
     passing = row * (again + layer.backward) + weight * student.item_size
-    backward = {"activations": under_way + passing, "hidden states": waiting}
+    backward = {"activations": in_flight + passing, "hidden states": waiting}
     update = {"temporaries": _update(student, stage, machine)}
     phases = {"backward": backward, "update": update}
     if stage == student.layout.pp - 1:
         loss, stands_in = _loss(student, work, machine)
         output = row * student.facts.hidden_size * student.item_size
-        phases["loss"] = {"activations": under_way + output, "hidden states": waiting} | loss
+        phases["loss"] = {"activations": in_flight + output, "hidden states": waiting} | loss
         gradients = "gradients of head and rows"
         backward[gradients] = loss[gradients] + stands_in
     return phases
 
 
-def _under_way(student: _Student, stage: int, work: Workload, machine: Machine) -> float:
-    """Activations of all microbatches between their forward and their backward pass."""
+def _in_flight(student: _Student, stage: int, work: Workload, machine: Machine) -> float:
+    """Return the bytes of activations of all microbatches between forward and backward pass."""
     layout, e = student.layout, student.item_size
     row = work.row / layout.cp
     # The stage's output, or the input of the final norm and what that keeps.
@@ -307,7 +328,10 @@ def _under_way(student: _Student, stage: int, work: Workload, machine: Machine) 
 
 
 def _loss(student: _Model, work: Workload, machine: Machine) -> tuple[dict[str, float], float]:
-    """The operator's parts, and what autograd gets in the place of the head's gradient."""
+    """Return the operator's parts, and the bytes of autograd's stand-in for the head's gradient.
+
+    The gradient itself goes into `main_grad`; autograd still needs a tensor (`ops/linear.py`).
+    """
     layout, facts, e = student.layout, student.facts, student.item_size
     response = work.response / layout.cp
     rows = _head_rows(student, facts.vocab_size)
@@ -323,7 +347,11 @@ def _loss(student: _Model, work: Workload, machine: Machine) -> tuple[dict[str, 
 
 
 def _update(student: _Student, stage: int, machine: Machine) -> float:
-    """Temporaries of the optimizer: torch's Adam on the CPU, or for all parameters on a GPU."""
+    """Return the bytes of the optimizer's temporaries.
+
+    torch's Adam updates one parameter after another on the CPU, all at once on a GPU; the fused
+    Adam of TransformerEngine needs none.
+    """
     dense, experts, largest = student.numbers(stage, trained=True)
     split = student.layout.dp * student.layout.cp if student.distributed else 1
     if machine.kind == "te":
@@ -336,6 +364,7 @@ def _update(student: _Student, stage: int, machine: Machine) -> float:
 
 
 def _largest_layer_weight(facts: ModelFacts, layout: Layout) -> float:
+    """Return the values of a layer's largest weight on one rank: gate and up together."""
     if facts.is_moe:
         return 2 * facts.hidden_size * facts.expert_ffn_size
     return 2 * facts.hidden_size * facts.ffn_size / layout.tp
@@ -344,7 +373,7 @@ def _largest_layer_weight(facts: ModelFacts, layout: Layout) -> float:
 def _engine_phases(
     student: _Model, place: Coordinates, engine: float
 ) -> dict[str, dict[str, float]]:
-    """Rollout and push; an engine shares the GPU of its replica's first rank only."""
+    """Return the phases rollout and push; only a replica's first rank has an engine on its GPU."""
     if not place.is_leader:
         engine = 0.0
     names = [name for unit in layer_units(student.facts, 0) for name in unit.hf_names()]

@@ -1,4 +1,4 @@
-"""What `vopd check` prints: the resolved settings, the map of ranks, the memory table."""
+"""The output of `vopd check`: the resolved settings, the map of ranks, the memory table."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAX_RANKS_SHOWN = 64
 
 
 def print_config(console: Console, config: Config) -> None:
-    """One paragraph per section; settings that differ from the default are bold."""
+    """Print one paragraph per section; settings that differ from the default are bold."""
     for section in type(config).model_fields:
         value = getattr(config, section)
         models = value if isinstance(value, dict) else {"": value}
@@ -34,7 +34,12 @@ def print_config(console: Console, config: Config) -> None:
 
 
 def print_ranks(console: Console, cuts: dict[str, Layout], num_ranks: int, reason: str) -> None:
-    """A row per rank with its coordinates in every model's layout."""
+    """Print a row per rank with its coordinates in every model's layout.
+
+    Args:
+        cuts: layouts by key of the model.
+        reason: where `num_ranks` comes from, printed after it.
+    """
     console.print(Text(f"\n{num_ranks} ranks ({reason})"))
     for key, layout in cuts.items():
         console.print(Text(f"{key}: {layout}"))
@@ -59,7 +64,12 @@ def print_ranks(console: Console, cuts: dict[str, Layout], num_ranks: int, reaso
 
 
 def print_memory(console: Console, config: Config, findings: Findings, gpu_memory: float) -> None:
-    """What the largest ranks need, and whether a GPU has it."""
+    """Print the memory that the largest ranks need, and a note if a GPU has less.
+
+    Args:
+        findings: layouts and models of `preflight`.
+        gpu_memory: memory of one GPU, GB (10^9 bytes).
+    """
     on_cpu = config.parallel.device == "cpu"
     kind: Kind = "cpu" if on_cpu else "local" if config.parallel.backend == "local" else "te"
     machine = Machine(kind, gpu_memory * 1e9)

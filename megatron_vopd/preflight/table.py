@@ -19,7 +19,11 @@ _REMEDIES = {
 
 
 def memory_lines(ranks: Sequence[RankMemory]) -> list[str]:
-    """A table in GiB, one line per part that is not empty; `<` marks the phase of the peak."""
+    """Format a table in GiB: one line per part that is not empty; `<` marks the peak's phase.
+
+    Args:
+        ranks: estimates of all ranks; a column shows the largest one of a pipeline stage.
+    """
     columns = largest_by_stage(ranks)
     rows = [("pipeline stage", [f"{memory.place.pp}" for memory in columns])]
     rows.append(("its largest rank", [f"{memory.rank}" for memory in columns]))
@@ -44,7 +48,11 @@ def memory_lines(ranks: Sequence[RankMemory]) -> list[str]:
 
 
 def largest_line(largest: RankMemory, gpu_memory: float) -> str:
-    """How much of a GPU (10^9 bytes) the largest rank needs, and what is not in it."""
+    """Say how much of a GPU the largest rank needs, and what the estimate leaves out.
+
+    Args:
+        gpu_memory: memory of one GPU, GB (10^9 bytes).
+    """
     return (
         f"largest: rank {largest.rank}, {largest.peak / 1e9:.1f} of {gpu_memory:g} GB "
         f"({largest.worst_phase}); CUDA context, NCCL's buffers and fragmentation come on top"
@@ -52,7 +60,11 @@ def largest_line(largest: RankMemory, gpu_memory: float) -> str:
 
 
 def memory_notice(largest: RankMemory, gpu_memory: float) -> Notice:
-    """What to do where it is too much: the remedy follows from the largest part."""
+    """Return a notice that a rank needs too much, with the remedy for its largest part.
+
+    Args:
+        gpu_memory: memory of one GPU, GB (10^9 bytes).
+    """
     parts = dict(largest.held) | dict(largest.phases[largest.worst_phase])
     part = max(parts, key=lambda name: parts[name])
     text = (
@@ -63,7 +75,7 @@ def memory_notice(largest: RankMemory, gpu_memory: float) -> Notice:
 
 
 def largest_by_stage(ranks: Sequence[RankMemory]) -> list[RankMemory]:
-    """The first of the largest ranks of each of the student's pipeline stages."""
+    """Return the largest rank of each pipeline stage of the student, the first among equals."""
     stages = sorted({memory.place.pp for memory in ranks})
     return [
         max((memory for memory in ranks if memory.place.pp == stage), key=lambda one: one.peak)

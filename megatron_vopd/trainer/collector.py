@@ -2,10 +2,10 @@
 
 Every rank draws the same prompts. Data-parallel leader d asks its engine for prompts d, d + dp, ...
 and grades the answers; then all ranks share them. When an engine fails, all ranks push the current
-weights again, which starts it anew, and ask once more: responses have seeds of their own, so the
+weights again, which restarts it, and ask a second time: each response has its own seed, so the
 answer is what it would have been. With `max_staleness: 1` the leaders' engines
 sample the next step's responses while the current one trains, in a thread that only waits for the
-engine's process: no megatron-core and no collective leaves the main thread. A push waits for it.
+engine's process: megatron-core and collectives stay in the main thread. A push waits for it.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from megatron_vopd.trainer.exchange import Graded, share_outcomes, share_rollout
 from megatron_vopd.trainer.settings import StepSettings
 from megatron_vopd.types import Prompt, Rollout
 
-# How long after the engine's own deadline a generation in a thread is waited for.
+# A generation in a thread is waited for this much longer than the engine's deadline.
 GRACE_SECONDS = 30.0
 
 
 class PromptSource(Protocol):
-    """A stream of prompts that a resumed run goes on with."""
+    """A stream of prompts whose position a checkpoint saves and a resumed run restores."""
 
     def next(self, n: int) -> list[Prompt]: ...
 
@@ -42,7 +42,7 @@ class PromptSource(Protocol):
 
 
 class ResponseSource(Protocol):
-    """The same, of given responses."""
+    """A stream of given responses whose position a checkpoint saves and a resumed run restores."""
 
     def next(self, n: int) -> list[Rollout]: ...
 
@@ -52,13 +52,13 @@ class ResponseSource(Protocol):
 
 
 Grader = Callable[[Rollout], float]
-Push = Callable[[int], Any]  # policy version -> report; a collective that restarts dead engines
+Push = Callable[[int], Any]  # policy version -> report; a collective that restarts failed engines
 Answer = list[tuple[Rollout, float]]
 
 
 @dataclass(frozen=True)
 class Request:
-    """What one step asks the engines for, the same on every rank but for who shows progress."""
+    """Prompts and sampling of one call to the engines; only `progress` differs between ranks."""
 
     prompts: list[Prompt]
     sampling: Sampling
@@ -66,16 +66,22 @@ class Request:
 
 
 class RolloutCollector:
-    """See the module docstring. All public methods are collectives of the whole world.
+    """The source of graded responses for training and evaluation, the same on every rank.
+
+    All public methods are collectives of the whole world.
 
     Args:
-        engine: of this rank when it is a data-parallel leader, else None.
-        prompts: to be answered; None when all responses are given.
-        responses: given responses, where the settings ask for some.
+        engine: engine of this rank when it is a data-parallel leader, else None.
+        prompts: prompts that the engines answer; None when all responses are given.
+        settings: how many responses a step takes, and how they are sampled.
+        vocab_size: number of ids that student and teachers share; sampled ids must be below it.
+        device: device of the tensors that are gathered.
+        responses: given responses; None unless the settings ask for some.
         grader: rollout -> grade, called on the leaders; None: no grades.
-        push: gives all engines the student's weights under a version; None: no engine.
-        stop: a request to stop ends the wait for an engine; None: nothing does.
-        vocab_size: ids that may be trained on: those that student and teachers share.
+        push: gives all engines the student's weights under a version; None: a failed engine is not
+            restarted.
+        stop: a request to stop, which ends the wait for an engine; None: the wait is never cut
+            short.
     """
 
     def __init__(
@@ -99,14 +105,17 @@ class RolloutCollector:
         self._ready: list[Graded] | None = None
 
     def take(self, step: int, limit: int, policy_version: int) -> list[Graded]:
-        """The responses of `step`; with staleness 1, then starts those of the next step.
+        """Return the responses of `step`; with staleness 1, start sampling those of the next step.
 
         Args:
-            limit: longest response, in tokens.
-            policy_version: of the trainer's weights.
+            step: number of the step, of which the seed of its sampling is made.
+            limit: longest response, in tokens; longer given ones are cut.
+            policy_version: version of the trainer's weights.
 
         Raises:
-            EngineError: on every rank, when an engine failed or answered wrongly on any.
+            EngineError: on every rank, when an engine on any rank failed or answered wrongly, and
+                again after it was restarted.
+            StopRequested: on every rank, when a stop was requested while an engine sampled.
         """
         self.settle(policy_version)
         graded, self._ready = self._ready, None
@@ -123,23 +132,23 @@ class RolloutCollector:
         return graded
 
     def settle(self, policy_version: int) -> None:
-        """Wait for the generation in flight, if any; its responses are kept for `take`."""
+        """Wait for the generation in flight, if any, and keep its responses for `take`."""
         if self._flight is None:
             return
         flight, self._flight = self._flight, None
         deadline = self._settings.deadline_seconds + GRACE_SECONDS
-        # Not ended by a request to stop: weights may have changed since the step began, so that
-        # these responses could not be sampled again.
-        own = self._own(
+        # A request to stop does not end this wait: weights may have changed since the step began,
+        # so that these responses could not be sampled again.
+        own = self._answers(
             flight.request,
             lambda: flight.result(deadline),
             lambda: self._generate(flight.request),
             policy_version,
         )
-        self._ready = self._shared(flight.request, own)
+        self._ready = self._share(flight.request, own)
 
     def push(self, policy_version: int) -> None:
-        """Give the engines the student's weights, once nothing is sampled from the old ones."""
+        """Give the engines the student's weights, after any generation from the old ones."""
         self.settle(policy_version)
         if self._push is not None:
             self._push(policy_version)
@@ -147,7 +156,11 @@ class RolloutCollector:
     def sample(
         self, prompts: Sequence[Prompt], sampling: Sampling, policy_version: int
     ) -> list[Rollout]:
-        """Responses to prompts of one's own (held-out ones), on every rank."""
+        """Sample responses to `prompts`, which are not from the stream; return them on every rank.
+
+        Raises:
+            EngineError, StopRequested: as `take`.
+        """
         self.settle(policy_version)
         graded = self._collect(Request(list(prompts), sampling), policy_version)
         return [one.rollout for one in graded]
@@ -159,17 +172,26 @@ class RolloutCollector:
         policy_version: int,
         progress: Progress | None = None,
     ) -> list[Outcome]:
-        """Grades and lengths of responses to prompts of one's own, in order, on every rank.
+        """Sample and grade responses to `prompts`, which are not from the stream.
 
         Args:
-            progress: of this rank's engine.
+            progress: receives the progress of this rank's engine.
+
+        Returns:
+            Grades and lengths by prompt, then by sample, on every rank.
+
+        Raises:
+            EngineError, StopRequested: as `take`.
         """
         self.settle(policy_version)
-        own = self._asked(Request(list(prompts), sampling, progress), policy_version)
+        own = self._ask(Request(list(prompts), sampling, progress), policy_version)
         return share_outcomes(own, self._device)
 
     def state_dict(self, policy_version: int) -> dict[str, Any]:
-        """JSON values: positions of the data, and responses sampled but not yet trained on."""
+        """Return positions in the data, and responses that are not yet trained on, as JSON values.
+
+        Waits for the generation in flight, if any.
+        """
         self.settle(policy_version)
         ready = self._ready
         return {
@@ -179,7 +201,8 @@ class RolloutCollector:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # A generation in flight belongs to what is being left; nobody waits for its thread.
+        """Restore the values of `state_dict`; a generation in flight is dropped."""
+        # It belongs to the step that is given up. Its thread is not waited for.
         self._flight = None
         if self._prompts is not None:
             self._prompts.load_state_dict(state["prompts"])
@@ -189,6 +212,7 @@ class RolloutCollector:
         self._ready = None if ready is None else [_graded_from(values) for values in ready]
 
     def _request(self, step: int, limit: int) -> Request:
+        """Draw the prompts of `step` from the stream."""
         settings = self._settings
         sampling = Sampling(
             max_tokens=limit,
@@ -202,12 +226,14 @@ class RolloutCollector:
         return Request(self._prompts.next(settings.num_asked), sampling)
 
     def _collect(self, request: Request, policy_version: int) -> list[Graded]:
-        return self._shared(request, self._asked(request, policy_version))
+        return self._share(request, self._ask(request, policy_version))
 
-    def _shared(self, request: Request, own: list[Graded]) -> list[Graded]:
+    def _share(self, request: Request, own: list[Graded]) -> list[Graded]:
         return share_rollouts(own, request.prompts, request.sampling.samples, self._device)
 
-    def _asked(self, request: Request, policy_version: int) -> list[Graded]:
+    def _ask(self, request: Request, policy_version: int) -> list[Graded]:
+        """Return this rank's answers, sampled now; a request to stop ends the wait for them."""
+
         def answer() -> Answer:
             with nullcontext() if self._stop is None else self._stop.abortable():
                 answers = self._generate(request)
@@ -216,10 +242,10 @@ class RolloutCollector:
                 self._engine.sleep()
             return answers
 
-        return self._own(request, answer, answer, policy_version)
+        return self._answers(request, answer, answer, policy_version)
 
     def _generate(self, request: Request) -> Answer:
-        """This leader's share of the answers, with grades; also called in a thread."""
+        """Sample and grade this leader's share of the answers; also called in a thread."""
         own = self._own_prompts(request)
         if not own:
             return []
@@ -229,29 +255,34 @@ class RolloutCollector:
         return [(r, self._grader(r) if self._grader else nothing) for r in rollouts]
 
     def _own_prompts(self, request: Request) -> list[Prompt]:
+        """Return the prompts that this rank's engine answers: none unless it is a leader."""
         at = self._groups.coordinates
         return request.prompts[at.dp :: self._groups.layout.dp] if at.is_leader else []
 
-    def _own(
+    def _answers(
         self,
         request: Request,
         answer: Callable[[], Answer],
         again: Callable[[], Answer],
         version: int,
     ) -> list[Graded]:
-        """This rank's answers; after a failure on any rank from engines that were started again."""
+        """Return this rank's answers from `answer`.
+
+        If an engine fails on any rank, restart the engines by a push on all ranks and return the
+        answers from `again`.
+        """
         try:
-            return self._own_once(request, answer, version)
+            return self._answers_once(request, answer, version)
         except EngineError:
             if self._push is None:
                 raise
         self._push(version)
-        return self._own_once(request, again, version)
+        return self._answers_once(request, again, version)
 
-    def _own_once(
+    def _answers_once(
         self, request: Request, answer: Callable[[], Answer], version: int
     ) -> list[Graded]:
-        """This rank's answers with their places; a failure on one rank is raised on all."""
+        """Return this rank's answers with their places; raise a failure of one rank on all."""
         own, error = [], None
         samples, at, layout = (
             request.sampling.samples,
@@ -268,14 +299,14 @@ class RolloutCollector:
                 index, sample = divmod(position, samples)
                 order = (at.dp + index * layout.dp) * samples + sample
                 own.append(Graded(order, rollout, grade))
-        except Exception as caught:  # whatever it is: the other ranks wait to be told
+        except Exception as caught:  # of any type: the other ranks wait for this rank's outcome
             error = caught
         first_error(error)
         return own
 
 
 class _Flight:
-    """A generation in a thread of its own, which dies with the process."""
+    """A generation in a daemon thread, which dies with the process."""
 
     def __init__(self, generate: Callable[[Request], Any], request: Request) -> None:
         self.request = request
@@ -292,6 +323,7 @@ class _Flight:
             self._error = error
 
     def result(self, timeout_seconds: float) -> Any:
+        """Return the answer of the thread, or raise its error; EngineError after the timeout."""
         self._thread.join(timeout_seconds)
         if self._thread.is_alive():
             raise EngineError(
@@ -303,13 +335,13 @@ class _Flight:
 
 
 def _values_of(graded: Graded) -> dict[str, Any]:
-    """JSON values; by reference, because a step's state is taken before each step."""
+    """Return JSON values that share the rollout's tuples: this runs before every step."""
     prompt = vars(graded.rollout.prompt)
     return {**vars(graded), "rollout": {**vars(graded.rollout), "prompt": prompt}}
 
 
 def _graded_from(values: dict[str, Any]) -> Graded:
-    """A `Graded` from `_values_of`, which may have gone through JSON."""
+    """Rebuild a `Graded` from the result of `_values_of`, which may have gone through JSON."""
     rollout, prompt = values["rollout"], values["rollout"]["prompt"]
     logprobs = rollout["rollout_logprobs"]
     return Graded(

@@ -1,8 +1,9 @@
 """Accuracy on held-out problems: sampled by the run's engines, graded on their leaders.
 
-Each evaluation of a run asks the same problems with the same seeds, so that two of them differ by
-the weights alone. Nothing of the training is touched: no random state, no position in the data.
-What stays of a response is its grade and length (`sharing.share_outcomes`), 32 bytes on the wire.
+Each evaluation of a run samples the same problems with the same seeds, so that two of them differ
+by the weights alone. The state of the training does not change: neither random states nor positions
+in the data. Of a response only grade and length are kept (`exchange.share_outcomes`), 32 bytes on
+the wire.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from megatron_vopd.rollout.engine import Progress, Sampling
 from megatron_vopd.trainer.collector import RolloutCollector
 from megatron_vopd.types import Prompt
 
-KEY = "evaluation"  # of a checkpoint's `extra`
+KEY = "evaluation"  # where a checkpoint's `extra` holds the evaluator's state
 
 
 @dataclass(frozen=True)
@@ -31,25 +32,27 @@ class Best:
 
 
 def best_of(extra: Mapping[str, Any]) -> Best | None:
-    """The best evaluation that a checkpoint knows of."""
+    """Return the best evaluation that a checkpoint's `extra` records; None: it records none."""
     known = (extra.get(KEY) or {}).get("best")
     return None if known is None else Best(**known)
 
 
 class Evaluator:
-    """Evaluates the weights that the engines have. Calls are collectives of the whole world.
+    """An evaluation of the engines' weights on fixed problems, and a record of the best one.
+
+    Calls are collectives of the whole world.
 
     Attributes:
-        metric: what `best` is the largest of, in words.
-        best: None before the first evaluation.
+        metric: description of the value that `best` is the largest of.
+        best: the best evaluation so far; None before the first one.
 
     Args:
         problems: task -> its problems, each with a reference answer.
-        collector: with a grader, and engines that hold weights.
+        collector: collector with a grader, and with engines that hold weights.
         sampling: how each problem is sampled; its seed is the same at every evaluation.
         interval: steps between two evaluations.
-        k: of pass@k.
-        num_steps: of the run; the last one is evaluated whatever the interval.
+        k: the k of pass@k.
+        num_steps: steps of the run; the last one is evaluated whatever the interval.
     """
 
     def __init__(
@@ -68,18 +71,23 @@ class Evaluator:
         self._last_step: int | None = None
 
     def is_due(self, step: int) -> bool:
-        """Whether `step` steps are a point to evaluate at, and were not evaluated yet."""
+        """Return True if an evaluation is scheduled after `step` steps and was not made yet."""
         scheduled = step % self._interval == 0 or step == self._num_steps
         return scheduled and step != self._last_step
 
     def __call__(
         self, step: int, policy_version: int, progress: Progress | None = None
     ) -> dict[str, float]:
-        """Metrics `eval/<task>/*` and the time taken, the same on every rank but for the time.
+        """Evaluate; return metrics `eval/<task>/*`, equal on every rank, and the seconds taken.
+
+        Args:
+            step: steps made so far.
+            policy_version: version of the weights that the engines hold.
+            progress: receives the progress of this rank's engine.
 
         Raises:
-            StopRequested: nothing was noted.
-            EngineError: on every rank, from engines that failed twice.
+            StopRequested: on every rank; the evaluation counts as not made.
+            EngineError: on every rank, when engines failed twice.
         """
         started, samples = time.perf_counter(), self._sampling.samples
         prompts = [prompt for problems in self._problems.values() for prompt in problems]
@@ -96,26 +104,31 @@ class Evaluator:
         return values | {"time/evaluation_seconds": time.perf_counter() - started}
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the best and the last evaluation, with a fingerprint of the problems, as JSON."""
         best = None if self.best is None else asdict(self.best)
         return {"of": self._fingerprint(), "step": self._last_step, "best": best}
 
     def load_state_dict(self, state: Mapping[str, Any], has_best: bool) -> str:
-        """Go on from `state`, as far as it can be compared; returns a remark for the reader, or "".
+        """Restore the part of `state` that later evaluations can be compared with.
 
         Args:
-            has_best: whether the weights of the best evaluation are still there.
+            state: from `state_dict`, of this run or of the one it resumes from.
+            has_best: True if the weights of the best evaluation are still on disk.
+
+        Returns:
+            A log line that says what was dropped and why; empty if all was restored.
         """
+        again = "the search for the best starts again"
         if state["of"] != self._fingerprint():
-            return "evaluation: other problems or settings than before; the best is sought anew"
+            return f"evaluation: other problems or settings than before; {again}"
         self._last_step, best = state["step"], best_of({KEY: state})
         if best is not None and not has_best:
-            return f"evaluation: step_{best.step}, the best, is gone; the best is sought anew"
+            return f"evaluation: step_{best.step}, the best, is gone; {again}"
         self.best = best
         return ""
 
     def _fingerprint(self) -> str:
-        """Of all that must be equal for two evaluations to be comparable."""
+        """Hash the problems and sampling settings that make two evaluations comparable."""
         asked = [
             (task, [(prompt.ids, prompt.answer) for prompt in problems])
             for task, problems in self._problems.items()

@@ -1,9 +1,10 @@
-"""Rollouts of the ranks that generated them -> the same list on every rank of the world.
+"""The exchange of rollouts: from the ranks that generated them to the same list on every rank.
 
-Two all-gathers: integers (order, sample, length, finish reason, version, then the response ids)
-and fp64 numbers (grade, then log-probs), each padded to the largest contribution. Prompts are not
-sent: every rank drew the same ones. Before that, one exchange of error texts: a rank whose engine
-failed makes all ranks raise, instead of leaving them in a collective.
+Two all-gathers: integers (order, sample, length, finish reason, version, whether log-probs follow,
+then the response ids) and fp64 numbers (grade, then log-probs), each padded to the largest
+contribution; lengths are gathered first. Prompts are not sent: every rank drew the same ones.
+Callers exchange errors before (`collectives.first_error`), so that a rank whose engine failed makes
+all ranks raise instead of leaving them in a collective.
 """
 
 from __future__ import annotations
@@ -35,11 +36,16 @@ class Graded:
 def share_rollouts(
     own: Sequence[Graded], prompts: Sequence[Prompt], samples: int, device: torch.device | str
 ) -> list[Graded]:
-    """All ranks' rollouts in order. Every rank of the world calls it with its own (or none).
+    """Return the rollouts of all ranks, sorted by `order`, on every rank.
+
+    A collective of the whole world: two all-gathers of padded vectors, int64 and fp64.
 
     Args:
-        prompts: of the step, the same on every rank; rollout `order` answers prompt
+        own: rollouts of this rank, in any order; may be empty.
+        prompts: prompts of the step, the same on every rank; rollout `order` answers prompt
             `order // samples`.
+        samples: responses per prompt.
+        device: device of the vectors that are gathered.
     """
     integers, numbers = _encode(own)
     all_integers = _gather(torch.tensor(integers, dtype=torch.int64, device=device))
@@ -53,10 +59,14 @@ def share_rollouts(
 
 
 def share_outcomes(own: Sequence[Graded], device: torch.device | str) -> list[Outcome]:
-    """Grades and lengths of all ranks' rollouts in order; the tokens stay where they are.
+    """Return grade and length of every rank's rollouts, sorted by `order`, on every rank.
 
-    Every rank of the world calls it with its own (or none). An all-gather of four fp64 numbers for
-    each rollout.
+    A collective of the whole world: an all-gather of four fp64 numbers for each rollout. Tokens
+    are not sent.
+
+    Args:
+        own: rollouts of this rank, in any order; may be empty.
+        device: device of the vector that is gathered.
     """
     numbers = [
         (one.order, one.grade, len(one.rollout.response_ids), one.rollout.finish_reason == "length")
@@ -69,6 +79,7 @@ def share_outcomes(own: Sequence[Graded], device: torch.device | str) -> list[Ou
 
 
 def _encode(own: Sequence[Graded]) -> tuple[list[int], list[float]]:
+    """Flatten rollouts into integers and fp64 numbers, from which `_decode` rebuilds them."""
     integers: list[int] = []
     numbers: list[float] = []
     for graded in own:
@@ -84,6 +95,7 @@ def _encode(own: Sequence[Graded]) -> tuple[list[int], list[float]]:
 def _decode(
     integers: list[int], numbers: list[float], prompts: Sequence[Prompt], samples: int
 ) -> list[Graded]:
+    """Rebuild the rollouts that one rank has encoded."""
     found, at, number_at = [], 0, 0
     while at < len(integers):
         order, sample, length, finish, version, has_logprobs = integers[at : at + _HEADER]
@@ -102,7 +114,7 @@ def _decode(
 
 
 def _gather(own: Tensor) -> list[Tensor]:
-    """The one-dimensional tensors of all ranks, of different lengths."""
+    """Gather one-dimensional tensors of different lengths; return them by rank, on the CPU."""
     world = range(dist.get_world_size())
     sizes = [torch.zeros(1, dtype=torch.int64, device=own.device) for _ in world]
     dist.all_gather(sizes, torch.tensor([len(own)], device=own.device))

@@ -16,7 +16,9 @@ MIN_HISTORY = 4
 
 
 class StepGuard:
-    """Running median of accepted gradient norms; the same on every rank, saved in checkpoints.
+    """A check of each update against non-finite numbers and the median of accepted gradient norms.
+
+    Its state is the same on every rank, and saved in checkpoints.
 
     Args:
         spike_factor: a norm above this many times the median is refused.
@@ -29,12 +31,12 @@ class StepGuard:
         self._norms: deque[float] = deque(maxlen=WINDOW)
         self._skips = 0
 
-    def objection(self, loss: float, grad_norm: float) -> str:
-        """Why this step must not be applied, as far as this rank can tell; empty: it may.
+    def skip_reason(self, loss: float, grad_norm: float) -> str:
+        """Return why this rank's numbers forbid applying the step; empty if they do not.
 
         Args:
             loss: this rank's part, or the sum; only its finiteness matters.
-            grad_norm: before clipping.
+            grad_norm: norm of the whole gradient before clipping.
         """
         if not math.isfinite(loss):
             return f"loss {loss}"
@@ -50,15 +52,19 @@ class StepGuard:
         return ""
 
     def accept(self, grad_norm: float) -> None:
-        """Note a step that was applied."""
+        """Record the gradient norm of an applied step; set the count of skips in a row to 0."""
         self._norms.append(grad_norm)
         self._skips = 0
 
     def skip(self, step: int, reason: str) -> None:
-        """Note a step that was not applied.
+        """Count a step that was not applied.
+
+        Args:
+            step: its number, for the message.
+            reason: why it was skipped, for the message.
 
         Raises:
-            SkipLimitError: it was one too many in a row.
+            SkipLimitError: it is number `max_consecutive_skips` of a row of skipped steps.
         """
         self._skips += 1
         if self._skips >= self.max_consecutive_skips:
@@ -69,8 +75,10 @@ class StepGuard:
             )
 
     def state_dict(self) -> dict[str, Any]:
+        """Return the norms of the window and the skips in a row, as JSON values."""
         return {"norms": list(self._norms), "skips": self._skips}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore the norms and the skips in a row from `state`."""
         self._norms = deque(state["norms"], maxlen=WINDOW)
         self._skips = state["skips"]

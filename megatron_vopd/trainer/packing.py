@@ -1,9 +1,9 @@
-"""Rollouts -> microbatches: packed rows, balanced by tokens over the student's data parallelism.
+"""Rollouts packed into microbatches: rows balanced by tokens over the student's data parallelism.
 
 Pure: the plan follows from the rollouts alone, so every rank that has the same rollouts computes
 the same plan. A sequence is never split over rows. All replicas get equally many microbatches; one
-that lacks sequences gets rows of a single token with no response, which add nothing to loss and
-gradient and keep collectives in step.
+that lacks sequences gets rows of filling alone, without response tokens, which add nothing to loss
+and gradient and keep collectives in step.
 
 A sequence enters as prompt + response without its last token: nothing is predicted from that one.
 The hidden state at row position `rows_T[t]` predicts `labels_T[t]`.
@@ -11,7 +11,7 @@ The hidden state at row position `rows_T[t]` predicts `labels_T[t]`.
 Context parallelism cuts every sequence into 2 cp equal chunks and gives rank r the chunks r and
 2 cp - 1 - r (megatron-core's and TransformerEngine's order, which balances causal attention).
 Sequences are filled up to a multiple of 2 cp for that. The loss sums over the responses that a rank
-holds, and megatron-core adds sums and counts over dp x cp: the token mean does not notice the cut.
+holds, and megatron-core adds sums and counts over dp x cp: the cut does not change the token mean.
 """
 
 from __future__ import annotations
@@ -32,12 +32,18 @@ def pack(
     settings: PackingSettings,
     task_advantages: Sequence[float] | None = None,
 ) -> list[list[Microbatch]]:
-    """Microbatches of each data-parallel replica, equally many; at least one.
+    """Pack rollouts into the microbatches of each data-parallel replica.
 
-    Rollouts without a response are left out. A row belongs to one teacher.
+    Rollouts without a response are left out. All sequences of a row have the same teacher.
 
     Args:
-        task_advantages: one per rollout, the same for each of its tokens.
+        rollouts: of the whole step, the same on every rank.
+        settings: number of replicas, and size and alignment of rows.
+        task_advantages: one number per rollout, given to each of its tokens; None: no task reward.
+
+    Returns:
+        One list per replica, all equally long, with at least one microbatch; tensors are on the
+        CPU, whole rows (not cut over cp).
 
     Raises:
         UserError: a sequence that does not fit into a row; a response without a prompt.
@@ -64,6 +70,7 @@ def pack(
 
 
 def _sequence_size(rollout: Rollout, settings: PackingSettings) -> int:
+    """Return the tokens that a sequence takes in a row, filling included."""
     prompt = rollout.prompt
     if not prompt.ids:
         raise UserError(f"prompt {prompt.prompt_id}: no tokens; give a prompt of at least one")
@@ -78,9 +85,14 @@ def _sequence_size(rollout: Rollout, settings: PackingSettings) -> int:
 
 
 def balanced_bins(loads: Sequence[int], multiple: int, capacity: int) -> list[list[int]]:
-    """Indices of `loads` in bins of at most `capacity`; the number of bins is a multiple.
+    """Place the indices of `loads` in bins of at most `capacity`.
 
-    Longest first into the lightest bin; as few bins as that allows.
+    The heaviest load goes first, each into the lightest bin; as few bins as that allows.
+
+    Args:
+        loads: sizes, none above `capacity`.
+        multiple: the number of bins is a multiple of this.
+        capacity: largest sum of a bin's loads.
     """
     rounds = max(1, math.ceil(sum(loads) / (multiple * capacity)))
     order = sorted(range(len(loads)), key=lambda i: (-loads[i], i))
@@ -103,6 +115,7 @@ def _row(
     settings: PackingSettings,
     task_advantages: Sequence[float] | None,
 ) -> Microbatch:
+    """Build the row of the rollouts at indices `members`; of filling alone without any."""
     ids: list[int] = []
     lengths, rows, labels = [], [], []
     logprobs: list[float] = []

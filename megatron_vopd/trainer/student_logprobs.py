@@ -1,7 +1,7 @@
 """The student's own log-probs and entropies of given tokens, in its layout, without gradients.
 
-For the probe after a weight push (the engine's log-probs against the trainer's) and for the entropy
-on held-out prompts that gates the length curriculum.
+Used by the probe after a weight push (the engine's log-probs against the trainer's) and for the
+entropy on held-out prompts that gates the length curriculum.
 """
 
 from __future__ import annotations
@@ -24,12 +24,18 @@ from megatron_vopd.vocab_parallel import linear_distill_stats
 def student_statistics(
     student: Student, rollouts: Sequence[Rollout], max_tokens: int, temperature: float = 1.0
 ) -> list[torch.Tensor]:
-    """(log p(a), entropy) of every response token: one [2, length] fp64 per rollout, nats.
+    """Compute log p(a) and the entropy of every response token, in nats.
 
-    A collective of the whole world; the same on every rank.
+    A collective of the whole world: a forward pass, the statistics of `vocab_parallel` over tp, and
+    an all-reduce of two fp64 numbers per response token.
 
     Args:
-        max_tokens: longest row.
+        rollouts: the same on every rank.
+        max_tokens: longest packed row.
+        temperature: temperature of the student's distribution.
+
+    Returns:
+        One [2, length] fp64 tensor on the CPU per rollout, the same on every rank.
     """
     groups, at = student.groups, student.groups.coordinates
     starts = [0]
@@ -60,7 +66,13 @@ def student_statistics(
 def sequence_logprobs(
     student: Student, sequences: Sequence[Sequence[int]], max_tokens: int
 ) -> list[list[float]]:
-    """log p(ids[i] | ids[:i]) for i >= 1 of each sequence, as `Engine.probe_logprobs` answers."""
+    """Return log p(ids[i] | ids[:i]), nats, for i >= 1 of each sequence, on every rank.
+
+    The counterpart of `Engine.probe_logprobs`. A collective of the whole world.
+
+    Args:
+        max_tokens: longest packed row.
+    """
     rollouts = [
         Rollout(Prompt(str(i), tuple(ids[:1])), 0, tuple(ids[1:]), None, "length", -1)
         for i, ids in enumerate(sequences)
@@ -71,7 +83,9 @@ def sequence_logprobs(
 def mean_entropy(
     student: Student, rollouts: Sequence[Rollout], max_tokens: int, temperature: float = 1.0
 ) -> float:
-    """Entropy per response token, exact over the vocabulary, nats; the same on every rank.
+    """Return the mean entropy per response token, exact over the vocabulary, in nats.
+
+    A collective of the whole world; arguments as `student_statistics`, result equal on every rank.
 
     Raises:
         ValueError: no rollout has a token.

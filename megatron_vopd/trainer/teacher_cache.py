@@ -1,14 +1,14 @@
-"""Teacher hidden states from the disk where they are there, from the teacher where they are not.
+"""Teacher hidden states of a step: read from disk where they are cached, else computed.
 
 Responses that are given (not sampled from the student) come back each epoch with the same text, so
-their states are computed once (`state_cache`). What is kept is what travels: the final hidden
-states of the response tokens, before the head.
+their states are computed once and kept (`files/teacher_states.py`). Kept are the tensors that ranks
+exchange: the final hidden states of the response tokens, before the head.
 
 Every rank must take part in a teacher's forward pass or none may, so ranks agree first: each rank
-that needs a response's states says whether it can read them (one all-reduce of 8 bytes per
-response of the step). A row of which every response is there is left out of the plan; when all
-rows are, no teacher runs. A state that is there is used even if its row is computed for another
-one: a step that is repeated after a restart then takes the same bits.
+that needs a response's states reports whether it can read them (one all-reduce of 8 bytes per
+response of the step). A row whose responses are all cached is left out of the teacher's plan; when
+all rows are, no teacher runs. A cached state is used even if its row is computed for the sake of
+another response: a step that is repeated after a restart then takes the same bits.
 """
 
 from __future__ import annotations
@@ -38,14 +38,24 @@ def cached_score(
     student: Groups,
     device: torch.device | str,
 ) -> list[Tensor]:
-    """`teacher.score` of the packed `rollouts`, with what `caches` know left out of it.
+    """Return what `teacher.score` does, but read cached states, and keep the computed ones.
+
+    A collective of the whole world.
 
     Args:
-        caches: by key of the teacher; without one, its states are computed.
-        device: of the collectives.
+        teachers: teachers by key.
+        caches: caches by key of the teacher; states of a teacher without one are always computed.
+        rollouts: of the whole step, the same on every rank.
+        replicas: `rollouts` packed into whole rows, for all replicas of the student.
+        student: layout and groups of the student.
+        device: device of the tensors that are reduced.
+
+    Returns:
+        On the student's last stage [T, D] of each microbatch of this rank's replica (its part of
+        the tokens under cp); elsewhere [].
 
     Raises:
-        UserError: on every rank, a torn file or a folder that cannot be written.
+        UserError: on every rank; a torn cache file, or a folder that cannot be written.
     """
     keys = _keys(rollouts, caches)
     if not keys:
@@ -80,7 +90,7 @@ def cached_score(
 
 
 def _keys(rollouts: Sequence[Rollout], caches: Caches) -> dict[int, str]:
-    """Index -> key of each given response whose teacher has a cache.
+    """Return index -> cache key of each given response whose teacher has a cache.
 
     A text that occurs twice in a step has a key for each: its two states were computed in two
     rows, and differ in their last bits.
@@ -103,7 +113,7 @@ def _agreed(
     student: Groups,
     device: torch.device | str,
 ) -> set[int]:
-    """Indices of the responses whose states every rank that needs them can read."""
+    """Return the indices of the responses whose states every rank that needs them can read."""
     own: list[int] = []
     if student.is_last_stage:
         own = [i for row in replicas[student.coordinates.dp] for i in row.rollouts if i in keys]
@@ -123,7 +133,7 @@ def _agreed(
 
 
 def _spans(row: Microbatch, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, slice]]:
-    """(index, its tokens among the row's) of each response of a whole row."""
+    """Yield (index of the rollout, its slice of the row's tokens) for each response of a row."""
     start = 0
     for index in row.rollouts:
         stop = start + len(rollouts[index].response_ids)
@@ -140,7 +150,7 @@ def _filled(
     rollouts: Sequence[Rollout],
     student: Groups,
 ) -> Tensor:
-    """The row's states on this rank: read where they are known, else as they were computed."""
+    """Return the row's states on this rank: read where they are cached, else as computed."""
     if not hits.intersection(row.rollouts):
         return computed_TD
     cache = caches[row.teacher]
@@ -159,11 +169,11 @@ def _filled(
 
 
 def text_digest(rollout: Rollout) -> str:
-    """Of the token ids of prompt and response."""
+    """Return a hash of the token ids of prompt and response, 32 hexadecimal digits."""
     text = f"{list(rollout.prompt.ids)}{list(rollout.response_ids)}"
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def text_name(rollout: Rollout) -> str:
-    """What a message calls a given response."""
+    """Return the name of a given response in messages: `prompt_id/sample`."""
     return f"{rollout.prompt.prompt_id}/{rollout.sample}"

@@ -1,12 +1,13 @@
 """The training step: sample, score, distil, update, push. `train_step` reads like the paper.
 
-Everything it needs is handed to it ready-made. Where the mathematics is: the advantage
+Its parts are built elsewhere (`run/build.py`). Where the mathematics is: the advantage
 A_t = r_t - V(c_t) (arXiv 2605.07865, Eq. 10) in `objectives.advantages`, and all other objectives
 beside it; the loss -A log p(a), summed over tokens and divided by their number over the whole
 step, in `loss.RowLoss`.
 
 Every rank runs the same statements on the same plan, so ranks wait for one another only inside the
-named collectives of sharing, teacher, vocab_parallel, metrics and megatron-core.
+collectives of `collectives`, `exchange`, `metrics`, `megatron.teacher`, `vocab_parallel`,
+megatron-core and the weight push.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ PHASES = ("rollout", "teacher", "forward_backward", "optimizer", "weight_sync", 
 
 
 class MetricsSink(Protocol):
-    """Where a step's metrics go, and lines for the reader; on one rank."""
+    """The recorder of a step's metrics and log lines, on one rank."""
 
     def record(self, step: int, values: dict[str, float]) -> None: ...
 
@@ -55,25 +56,31 @@ class MetricsSink(Protocol):
 
 @dataclass(frozen=True)
 class Update:
-    """What became of a step's gradient: applied, or skipped for `objection`; norm unclipped."""
+    """The outcome of a step's gradient, the same on every rank.
+
+    Attributes:
+        grad_norm: norm before clipping.
+        skip_reason: why the gradient was not applied; empty: it was.
+    """
 
     grad_norm: float
     learning_rate: float
-    objection: str = ""
+    skip_reason: str = ""
 
     @property
     def applied(self) -> bool:
-        return not self.objection
+        return not self.skip_reason
 
 
 class Phases:
-    """Seconds spent in the named parts of one step, on this rank.
+    """Seconds spent in the phases of one step, on this rank.
 
     Attributes:
-        can_give_up: until the weights change.
+        can_give_up: True until the weights change: the step can be abandoned without a trace.
+        seconds: phase -> seconds so far.
 
     Args:
-        before: called when a part begins, as long as the step can be given up.
+        before: called when a phase begins, as long as the step can be given up.
     """
 
     def __init__(self, before: Callable[[], None] = lambda: None) -> None:
@@ -84,6 +91,7 @@ class Phases:
 
     @contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        """Time the block as (a part of) phase `name`."""
         if self.can_give_up:
             self._before()
         started = time.perf_counter()
@@ -91,7 +99,7 @@ class Phases:
         self.seconds[name] += time.perf_counter() - started
 
     def metrics(self) -> dict[str, float]:
-        """`time/*_seconds`; `other` is what no phase names."""
+        """Return `time/*_seconds` of each phase, of the rest (`other`) and of all (`total`)."""
         total = time.perf_counter() - self._started
         named = {f"time/{name}_seconds": seconds for name, seconds in self.seconds.items()}
         other = total - sum(self.seconds.values())
@@ -106,13 +114,14 @@ class Trainer:
         policy_version: updates applied; the engines' weights carry it.
 
     Args:
-        teachers: by key of the configuration; empty for objectives without a teacher.
-        collector: of the responses.
+        teachers: teachers by key of the configuration; empty for objectives without a teacher.
+        collector: source of the responses.
         curriculum: length limit of the responses.
-        sink: of the metrics; None on ranks that record none.
-        held_out: prompts whose responses' entropy the curriculum is gated by.
-        stop: a request to stop, looked at between the phases of a step; None: there is none.
-        caches: of the teachers' states of given responses, by the teacher's key.
+        settings: all other numbers of a step.
+        sink: recorder of the metrics; None on ranks that record none.
+        held_out: prompts on whose responses the entropy is measured that gates the curriculum.
+        stop: a request to stop, checked before each phase until the weights change; None: never.
+        caches: kept teacher states of given responses, by the teacher's key; None: none are kept.
     """
 
     def __init__(
@@ -137,14 +146,17 @@ class Trainer:
         self.step = self.policy_version = 0
 
     def train_step(self) -> dict[str, float]:
-        """One step on every rank of the world; its metrics, the same on every rank but for times.
+        """Run one step on every rank of the world.
+
+        Returns:
+            Its metrics, the same on every rank except `time/*` and `perf/*`.
 
         Raises:
-            EngineError: an engine failed or answered wrongly; no weight has changed.
+            EngineError: an engine failed or answered wrongly, and again after a restart.
             SkipLimitError: too many steps in a row were skipped.
-            StopRequested: no weight has changed; data and curriculum may have moved on.
+            StopRequested: no weight has changed; the positions of data and curriculum may have.
         """
-        phase = Phases(self._go_on)
+        phase = Phases(self._raise_if_stopping)
         with phase("curriculum"):
             limit = self._response_limit()
         with phase("rollout"):
@@ -163,33 +175,33 @@ class Trainer:
         return self._report(rollouts, update, phase)
 
     def fit(self, num_steps: int, after_step: Callable[[int], bool] | None = None) -> None:
-        """Steps until `num_steps` have been made, in all, or a stop is requested.
+        """Run steps until `num_steps` have been made in all, or a stop is requested.
 
-        A step that is given up leaves no trace: afterwards all is as the last whole step left it.
+        A step that a stop interrupts is undone: the trainer is as the last whole step left it.
 
         Args:
             after_step: called on every rank with the number of steps made (checkpoints,
                 evaluation, a request to stop); False ends the run.
         """
-        going_on = True
-        while going_on and self.step < num_steps:
+        proceed = True
+        while proceed and self.step < num_steps:
             before = self.state_dict()
             try:
                 self.train_step()
             except StopRequested:
                 self.load_state_dict(before)
                 return
-            going_on = after_step is None or after_step(self.step)
+            proceed = after_step is None or after_step(self.step)
         self.collector.settle(self.policy_version)
 
-    def _go_on(self) -> None:
+    def _raise_if_stopping(self) -> None:
         if self.stop is not None and self.stop.anywhere():
             raise StopRequested("asked to stop")
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside weights and moments: JSON values, the same on every rank.
+        """Return what a resumed run needs beside weights and moments, as JSON values.
 
-        A collective: it waits for a generation in flight.
+        The same on every rank. A collective: it waits for a generation in flight.
         """
         return {
             "step": self.step,
@@ -201,6 +213,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the values of `state_dict`; weights and moments are left as they are."""
         self.step, self.policy_version = state["step"], state["policy_version"]
         self.guard.load_state_dict(state["guard"])
         scheduler = self.student.scheduler
@@ -209,7 +222,7 @@ class Trainer:
         self.collector.load_state_dict(state["collector"])
 
     def _response_limit(self) -> int:
-        """Longest response of this step, after the curriculum had its look at the entropy."""
+        """Update the curriculum if it is due; return the longest response of this step, tokens."""
         curriculum = self.curriculum
         if curriculum.due(self.step):
             entropy = self._held_out_entropy() if curriculum.needs_entropy else None
@@ -219,7 +232,7 @@ class Trainer:
         return curriculum.max_response_tokens
 
     def _held_out_entropy(self) -> float:
-        """Nats per token over fresh responses to the held-out prompts, at the current length."""
+        """Sample responses to the held-out prompts; return their mean entropy, nats per token."""
         settings = self.settings
         sampling = Sampling(
             max_tokens=self.curriculum.max_response_tokens,
@@ -235,12 +248,15 @@ class Trainer:
     def _scored(
         self, rollouts: Sequence[Rollout], replicas: Sequence[Sequence[Microbatch]]
     ) -> list[torch.Tensor]:
-        """The teachers' hidden states of this rank's rows, as far as they are not on disk."""
+        """Return the teachers' hidden states of this rank's rows, read from disk or computed."""
         groups, device = self.student.groups, self.student.options.device
         return cached_score(self.teachers, self.caches, rollouts, replicas, groups, device)
 
     def _task_advantages(self, graded: Sequence[Graded]) -> list[float] | None:
-        """Weighted, group-normalised grade of each response; 0 where there is none."""
+        """Return the weighted, group-normalised grade of each response, 0 where it has no grade.
+
+        None if the weight is 0.
+        """
         weight = self.settings.task_reward_weight
         if weight == 0:
             return None
@@ -250,19 +266,19 @@ class Trainer:
         return [found.get(one.order, 0.0) for one in graded]
 
     def _update(self, rollouts: Sequence[Rollout]) -> Update:
-        """Apply the gradient, or on all ranks together leave every parameter as it is (R7)."""
+        """Apply the gradient on all ranks, or on none of them (R7)."""
         optimizer = self.student.optimizer
         optimizer.prepare_grads()
         grad_norm = float(optimizer.get_grad_norm())
         loss = self.loss.loss_sum if self.student.groups.is_last_stage else 0.0
-        objection = self.guard.objection(loss, grad_norm)
+        skip_reason = self.guard.skip_reason(loss, grad_norm)
         if not any(rollout.response_ids for rollout in rollouts):
-            objection = "no response has a token"
-        objection = first_reason(objection, self.student.options.device)
-        update = Update(grad_norm, learning_rate(optimizer), objection)
-        if objection:
+            skip_reason = "no response has a token"
+        skip_reason = first_reason(skip_reason, self.student.options.device)
+        update = Update(grad_norm, learning_rate(optimizer), skip_reason)
+        if skip_reason:
             self._save_for_replay(rollouts, update)
-            self.guard.skip(self.step, objection)
+            self.guard.skip(self.step, skip_reason)
         else:
             clip_gradients(optimizer, self.student.clip_grad, grad_norm)
             optimizer.step_with_ready_grads()
@@ -282,6 +298,7 @@ class Trainer:
             self.collector.push(self.policy_version)
 
     def _save_for_replay(self, rollouts: Sequence[Rollout], update: Update) -> None:
+        """Write the rollouts of a skipped step as JSON, on rank 0, if the settings ask for it."""
         folder = self.settings.replay_dir
         if folder is None or dist.get_rank() != 0:
             return
@@ -289,7 +306,7 @@ class Trainer:
         batch = {
             "step": self.step,
             "policy_version": self.policy_version,
-            "objection": update.objection,
+            "skip_reason": update.skip_reason,
             "rollouts": [asdict(rollout) for rollout in rollouts],
         }
         (folder / f"step_{self.step}.json").write_text(json.dumps(batch) + "\n")
@@ -297,7 +314,7 @@ class Trainer:
     def _report(
         self, rollouts: Sequence[Rollout], update: Update, phase: Phases
     ) -> dict[str, float]:
-        """All metrics of the step (method.md section 8), recorded by the rank with a sink."""
+        """Return all metrics of the step (docs/how/method.md, section 8); the sink records them."""
         reduced = reduce_sums(self.loss.sums, self.student.counts_tokens)
         values = reduced | rollout_metrics(rollouts) | self.curriculum.metrics()
         values |= {
@@ -315,7 +332,7 @@ class Trainer:
 
 
 def _peak_memory_bytes(device: str) -> float:
-    """Of this rank since its start: of the device, or of the process on a CPU."""
+    """Return the peak memory of this rank since its start: of its GPU, or of its process on CPU."""
     if device == "cpu":
         return 1024.0 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return float(torch.cuda.max_memory_allocated())

@@ -110,4 +110,4 @@ def test_faults_of_one_rank_are_skipped_together(
     saved = sorted(replay.iterdir())
     assert len(saved) == len(FAULTS) + 3
     batch = json.loads((replay / f"step_{WARM_STEPS}.json").read_text())
-    assert len(batch["rollouts"]) == 5 and "gradient norm nan" in batch["objection"]
+    assert len(batch["rollouts"]) == 5 and "gradient norm nan" in batch["skip_reason"]

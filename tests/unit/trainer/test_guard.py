@@ -19,16 +19,16 @@ def _warm(guard: StepGuard, norms: tuple[float, ...] = (1.0, 2.0, 3.0, 2.0)) -> 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 def test_non_finite_numbers_are_refused_from_the_first_step(value: float) -> None:
-    assert "loss" in StepGuard().objection(value, 1.0)
-    assert "gradient norm" in StepGuard().objection(1.0, value)
+    assert "loss" in StepGuard().skip_reason(value, 1.0)
+    assert "gradient norm" in StepGuard().skip_reason(1.0, value)
 
 
 def test_spikes_are_measured_against_the_median() -> None:
     guard = _warm(StepGuard(spike_factor=10))
-    assert guard.objection(0.0, 20.0) == ""
-    assert "above 10 x the running median 2" in guard.objection(0.0, 20.1)
+    assert guard.skip_reason(0.0, 20.0) == ""
+    assert "above 10 x the running median 2" in guard.skip_reason(0.0, 20.1)
     few = _warm(StepGuard(spike_factor=10), (1.0,) * (MIN_HISTORY - 1))
-    assert few.objection(0.0, 1e6) == ""
+    assert few.skip_reason(0.0, 1e6) == ""
 
 
 def test_skips_in_a_row_end_the_run_and_an_update_forgives() -> None:
@@ -45,6 +45,6 @@ def test_state_survives_json() -> None:
     guard.skip(4, "once")
     restored = StepGuard(max_consecutive_skips=2)
     restored.load_state_dict(json.loads(json.dumps(guard.state_dict())))
-    assert restored.objection(0.0, 20.1) and not restored.objection(0.0, 20.0)
+    assert restored.skip_reason(0.0, 20.1) and not restored.skip_reason(0.0, 20.0)
     with pytest.raises(SkipLimitError):
         restored.skip(5, "twice")
