@@ -1,5 +1,7 @@
 // The operators as torch sees them: schemas, checks, allocation; and build_info() for Python.
 // Arithmetic lives in cpu/ and cuda/. Errors of arguments are ValueErrors that name the argument.
+#include "bindings.h"
+
 #include <ATen/Parallel.h>
 #include <pybind11/pybind11.h>
 #include <torch/extension.h>
@@ -24,11 +26,9 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_topk_cpu(const at::Tensor& 
                                                               const at::Tensor& lengths,
                                                               int64_t topk) {
     check_lists(student, teacher, lengths);
-    const auto student_c = student.contiguous();
-    const auto teacher_c = teacher.contiguous();
     const auto lengths_c = lengths.contiguous();
     const int64_t* counts = lengths_c.data_ptr<int64_t>();
-    const int64_t num_ranks = student.size(0), num_tokens = student.size(1);
+    const int64_t num_ranks = student.size(0);
     for (int64_t rank = 0; rank < num_ranks; ++rank) {
         TORCH_CHECK_VALUE(counts[rank] >= 0 && counts[rank] <= student.size(2), "lengths: rank ",
                           rank, " has ", counts[rank], " entries, the lists hold ",
@@ -37,21 +37,13 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_topk_cpu(const at::Tensor& 
     const int64_t available = std::accumulate(counts, counts + num_ranks, int64_t{0});
     TORCH_CHECK_VALUE(topk >= 1 && topk <= available, "topk: expected 1 <= topk <= ", available,
                       " (the entries of all ranks), got ", topk);
-    auto out_student = at::empty({num_tokens, topk}, student.options());
-    auto out_teacher = at::empty({num_tokens, topk}, student.options());
-    auto taken = at::empty({num_tokens, num_ranks}, lengths.options());
-    const cpu::TopkLists lists{student_c.data_ptr<float>(),
-                               teacher_c.data_ptr<float>(),
-                               counts,
-                               num_ranks,
-                               num_tokens,
-                               student.size(2)};
-    const cpu::MergedTopk merged{out_student.data_ptr<float>(), out_teacher.data_ptr<float>(),
-                                 taken.data_ptr<int64_t>(), topk};
-    at::parallel_for(0, num_tokens, 64, [&](int64_t begin, int64_t end) {
+    const MergeTensors tensors(student, teacher, lengths_c, topk);
+    const auto lists = tensors.lists();
+    const auto merged = tensors.merged();
+    at::parallel_for(0, lists.num_tokens, 64, [&](int64_t begin, int64_t end) {
         cpu::merge_topk(lists, merged, begin, end);
     });
-    return {out_student, out_teacher, taken};
+    return tensors.results();
 }
 
 template <typename T, typename Storage>
@@ -71,16 +63,10 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_stats_cpu(
     int64_t num_valid, double temperature, int64_t topk) {
     check_logits(student, teacher, labels, num_valid, temperature);
     TORCH_CHECK_VALUE(topk >= 0 && num_valid >= 0, "topk: expected >= 0, got ", topk);
-    const int64_t num_tokens = student.size(0), k = std::min(topk, num_valid);
-    const auto floats = student.options().dtype(at::kFloat);
-    auto packed = at::empty({num_tokens, kTupleSize}, student.options().dtype(at::kDouble));
-    auto topk_student = at::empty({num_tokens, k}, floats);
-    auto topk_teacher = at::empty({num_tokens, k}, floats);
-    auto topk_ids = at::empty({num_tokens, k}, labels.options());
-    const cpu::LocalStats out{packed.data_ptr<double>(), topk_student.data_ptr<float>(),
-                              topk_teacher.data_ptr<float>(), topk_ids.data_ptr<int64_t>(), k};
+    const StatsTensors tensors(student, labels, std::min(topk, num_valid));
+    const auto out = tensors.arguments();
     const auto kernels = cpu::row_kernels();
-    at::parallel_for(0, num_tokens, 1, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, student.size(0), 1, [&](int64_t begin, int64_t end) {
         if (student.scalar_type() == at::kFloat) {
             kernels.stats_f32(
                 raw_logits<float, float>(student, teacher, labels, num_valid, temperature), out,
@@ -91,7 +77,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_stats_cpu(
                                out, begin, end);
         }
     });
-    return {packed, topk_student, topk_teacher, topk_ids};
+    return tensors.results();
 }
 
 at::Tensor merge_stats_cpu(const at::Tensor& packed, double optimal_floor) {
@@ -112,66 +98,31 @@ at::Tensor merge_stats_cpu(const at::Tensor& packed, double optimal_floor) {
 // Above this many bytes an output is written past the caches, which it would only flush.
 constexpr int64_t kStreamBytes = 8 << 20;
 
-void gradient_into(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& labels,
-                   const at::Tensor& final_stats, const at::Tensor& coefficients, int64_t num_valid,
-                   double temperature, const std::optional<at::Tensor>& topk_ids,
-                   const std::optional<at::Tensor>& topk_taken,
-                   const std::optional<at::Tensor>& topk_summary, const at::Tensor& out) {
-    check_logits(student, teacher, labels, num_valid, temperature);
+void write_gradient(const GradientTensors& call, const at::Tensor& out) {
+    call.check();
+    const auto& student = call.student;
     const int64_t num_tokens = student.size(0), width = student.size(1);
-    check_gradient(num_tokens, final_stats, coefficients, topk_ids, topk_taken, topk_summary);
-    cpu::GradientInputs in{final_stats.data_ptr<double>(),
-                           coefficients.data_ptr<double>(),
-                           nullptr,
-                           nullptr,
-                           nullptr,
-                           0};
-    if (topk_ids.has_value()) {
-        in.topk_ids = topk_ids->data_ptr<int64_t>();
-        in.topk_taken = topk_taken->data_ptr<int64_t>();
-        in.topk_summary = topk_summary->data_ptr<double>();
-        in.topk = topk_ids->size(1);
-    }
+    const auto in = call.arguments();
     const bool stream =
         !out.is_same(student) &&
         num_tokens * width * static_cast<int64_t>(out.element_size()) > kStreamBytes;
     const auto kernels = cpu::row_kernels();
     at::parallel_for(0, num_tokens, 1, [&](int64_t begin, int64_t end) {
         if (student.scalar_type() == at::kFloat) {
-            kernels.gradient_f32(
-                raw_logits<float, float>(student, teacher, labels, num_valid, temperature), in,
-                {out.data_ptr<float>(), out.stride(0), width, stream}, begin, end);
+            kernels.gradient_f32(raw_logits<float, float>(student, call.teacher, call.labels,
+                                                          call.num_valid, call.temperature),
+                                 in, {out.data_ptr<float>(), out.stride(0), width, stream}, begin,
+                                 end);
         } else {
-            kernels.gradient_bf16(raw_logits<cpu::Bf16, at::BFloat16>(student, teacher, labels,
-                                                                      num_valid, temperature),
-                                  in,
-                                  {reinterpret_cast<cpu::Bf16*>(out.data_ptr<at::BFloat16>()),
-                                   out.stride(0), width, stream},
-                                  begin, end);
+            kernels.gradient_bf16(
+                raw_logits<cpu::Bf16, at::BFloat16>(student, call.teacher, call.labels,
+                                                    call.num_valid, call.temperature),
+                in,
+                {reinterpret_cast<cpu::Bf16*>(out.data_ptr<at::BFloat16>()), out.stride(0), width,
+                 stream},
+                begin, end);
         }
     });
-}
-
-at::Tensor logits_gradient_cpu(const at::Tensor& student, const at::Tensor& teacher,
-                               const at::Tensor& labels, const at::Tensor& final_stats,
-                               const at::Tensor& coefficients, int64_t num_valid,
-                               double temperature, const std::optional<at::Tensor>& topk_ids,
-                               const std::optional<at::Tensor>& topk_taken,
-                               const std::optional<at::Tensor>& topk_summary) {
-    auto out = at::empty(student.sizes(), student.options());
-    gradient_into(student, teacher, labels, final_stats, coefficients, num_valid, temperature,
-                  topk_ids, topk_taken, topk_summary, out);
-    return out;
-}
-
-void logits_gradient_inplace_cpu(at::Tensor& student, const at::Tensor& teacher,
-                                 const at::Tensor& labels, const at::Tensor& final_stats,
-                                 const at::Tensor& coefficients, int64_t num_valid,
-                                 double temperature, const std::optional<at::Tensor>& topk_ids,
-                                 const std::optional<at::Tensor>& topk_taken,
-                                 const std::optional<at::Tensor>& topk_summary) {
-    gradient_into(student, teacher, labels, final_stats, coefficients, num_valid, temperature,
-                  topk_ids, topk_taken, topk_summary, student);
 }
 
 pybind11::dict build_info() {
@@ -223,8 +174,8 @@ TORCH_LIBRARY_IMPL(megatron_vopd, CPU, library) {
     library.impl("local_stats", local_stats_cpu);
     library.impl("merge_stats", merge_stats_cpu);
     library.impl("merge_topk", merge_topk_cpu);
-    library.impl("logits_gradient", logits_gradient_cpu);
-    library.impl("logits_gradient_", logits_gradient_inplace_cpu);
+    library.impl("logits_gradient", logits_gradient<write_gradient>);
+    library.impl("logits_gradient_", logits_gradient_inplace<write_gradient>);
 }
 
 PYBIND11_MODULE(TORCH_EXTENSION_NAME, module) {

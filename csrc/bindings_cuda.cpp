@@ -10,6 +10,7 @@
 #include <optional>
 #include <tuple>
 
+#include "bindings.h"
 #include "checks.h"
 #include "cuda/launchers.h"
 #include "distill_stats.h"
@@ -36,22 +37,17 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_stats_cuda(
     const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& labels,
     int64_t num_valid, double temperature, int64_t topk) {
     check_logits(student, teacher, labels, num_valid, temperature);
-    const int64_t num_tokens = student.size(0), k = std::min(topk, num_valid);
+    const int64_t k = std::min(topk, num_valid);
     TORCH_CHECK_VALUE(topk >= 0 && k <= cuda::kMaxTopk, "topk: expected 0 to ", cuda::kMaxTopk,
                       " on CUDA, got ", topk);
     TORCH_CHECK_VALUE(topk == 0 || num_valid <= cuda::kMaxColumns, "student: a top-k takes up to ",
                       cuda::kMaxColumns, " columns per rank, got ", num_valid);
     const c10::cuda::CUDAGuard guard(student.device());
-    const auto floats = student.options().dtype(at::kFloat);
-    auto packed = at::empty({num_tokens, kTupleSize}, student.options().dtype(at::kDouble));
-    auto topk_student = at::empty({num_tokens, k}, floats);
-    auto topk_teacher = at::empty({num_tokens, k}, floats);
-    auto topk_ids = at::empty({num_tokens, k}, labels.options());
-    const cuda::LocalStats out{packed.data_ptr<double>(), topk_student.data_ptr<float>(),
-                               topk_teacher.data_ptr<float>(), topk_ids.data_ptr<int64_t>(), k};
+    const StatsTensors tensors(student, labels, k);
     C10_CUDA_CHECK(cuda::local_stats(raw_logits(student, teacher, labels, num_valid, temperature),
-                                     out, num_tokens, c10::cuda::getCurrentCUDAStream()));
-    return {packed, topk_student, topk_teacher, topk_ids};
+                                     tensors.arguments(), student.size(0),
+                                     c10::cuda::getCurrentCUDAStream()));
+    return tensors.results();
 }
 
 at::Tensor merge_stats_cuda(const at::Tensor& packed, double optimal_floor) {
@@ -72,77 +68,34 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> merge_topk_cuda(const at::Tensor&
     check_lists(student, teacher, lengths);
     check_device(teacher, "teacher", student);
     check_device(lengths, "lengths", student);
-    const int64_t num_ranks = student.size(0), num_tokens = student.size(1);
+    const int64_t num_ranks = student.size(0);
     TORCH_CHECK_VALUE(num_ranks <= 32, "student: expected at most 32 ranks, got ", num_ranks);
     TORCH_CHECK_VALUE(topk >= 1 && topk <= num_ranks * student.size(2),
                       "topk: expected 1 <= topk <= ", num_ranks * student.size(2), ", got ", topk);
     const c10::cuda::CUDAGuard guard(student.device());
-    const auto student_c = student.contiguous(), teacher_c = teacher.contiguous();
-    const auto lengths_c = lengths.contiguous();
-    auto out_student = at::empty({num_tokens, topk}, student.options());
-    auto out_teacher = at::empty({num_tokens, topk}, student.options());
-    auto taken = at::empty({num_tokens, num_ranks}, lengths.options());
-    C10_CUDA_CHECK(cuda::merge_topk(student_c.data_ptr<float>(), teacher_c.data_ptr<float>(),
-                                    lengths_c.data_ptr<int64_t>(), num_ranks, num_tokens,
-                                    student.size(2), topk, out_student.data_ptr<float>(),
-                                    out_teacher.data_ptr<float>(), taken.data_ptr<int64_t>(),
-                                    c10::cuda::getCurrentCUDAStream()));
-    return {out_student, out_teacher, taken};
+    const MergeTensors tensors(student, teacher, lengths, topk);
+    C10_CUDA_CHECK(
+        cuda::merge_topk(tensors.lists(), tensors.merged(), c10::cuda::getCurrentCUDAStream()));
+    return tensors.results();
 }
 
-void gradient_into(const at::Tensor& student, const at::Tensor& teacher, const at::Tensor& labels,
-                   const at::Tensor& final_stats, const at::Tensor& coefficients, int64_t num_valid,
-                   double temperature, const std::optional<at::Tensor>& topk_ids,
-                   const std::optional<at::Tensor>& topk_taken,
-                   const std::optional<at::Tensor>& topk_summary, const at::Tensor& out) {
-    check_logits(student, teacher, labels, num_valid, temperature);
-    const int64_t num_tokens = student.size(0);
-    check_gradient(num_tokens, final_stats, coefficients, topk_ids, topk_taken, topk_summary);
-    check_device(final_stats, "final", student);
-    check_device(coefficients, "coefficients", student);
-    const c10::cuda::CUDAGuard guard(student.device());
-    cuda::GradientInputs in{final_stats.data_ptr<double>(),
-                            coefficients.data_ptr<double>(),
-                            nullptr,
-                            nullptr,
-                            nullptr,
-                            0};
-    if (topk_ids.has_value()) {
-        TORCH_CHECK_VALUE(topk_ids->size(1) <= cuda::kMaxTopk, "topk_ids: expected at most ",
-                          cuda::kMaxTopk, " columns on CUDA, got ", topk_ids->size(1));
-        check_device(*topk_ids, "topk_ids", student);
-        check_device(*topk_taken, "topk_taken", student);
-        check_device(*topk_summary, "topk_summary", student);
-        in.topk_ids = topk_ids->data_ptr<int64_t>();
-        in.topk_taken = topk_taken->data_ptr<int64_t>();
-        in.topk_summary = topk_summary->data_ptr<double>();
-        in.topk = topk_ids->size(1);
+void write_gradient(const GradientTensors& call, const at::Tensor& out) {
+    call.check();
+    const auto& student = call.student;
+    check_device(call.final_stats, "final", student);
+    check_device(call.coefficients, "coefficients", student);
+    if (call.topk_ids.has_value()) {
+        TORCH_CHECK_VALUE(call.topk_ids->size(1) <= cuda::kMaxTopk, "topk_ids: expected at most ",
+                          cuda::kMaxTopk, " columns on CUDA, got ", call.topk_ids->size(1));
+        check_device(*call.topk_ids, "topk_ids", student);
+        check_device(*call.topk_taken, "topk_taken", student);
+        check_device(*call.topk_summary, "topk_summary", student);
     }
+    const c10::cuda::CUDAGuard guard(student.device());
     C10_CUDA_CHECK(cuda::logits_gradient(
-        raw_logits(student, teacher, labels, num_valid, temperature), in, out.data_ptr(),
-        out.stride(0), student.size(1), num_tokens, c10::cuda::getCurrentCUDAStream()));
-}
-
-at::Tensor logits_gradient_cuda(const at::Tensor& student, const at::Tensor& teacher,
-                                const at::Tensor& labels, const at::Tensor& final_stats,
-                                const at::Tensor& coefficients, int64_t num_valid,
-                                double temperature, const std::optional<at::Tensor>& topk_ids,
-                                const std::optional<at::Tensor>& topk_taken,
-                                const std::optional<at::Tensor>& topk_summary) {
-    auto out = at::empty(student.sizes(), student.options());
-    gradient_into(student, teacher, labels, final_stats, coefficients, num_valid, temperature,
-                  topk_ids, topk_taken, topk_summary, out);
-    return out;
-}
-
-void logits_gradient_inplace_cuda(at::Tensor& student, const at::Tensor& teacher,
-                                  const at::Tensor& labels, const at::Tensor& final_stats,
-                                  const at::Tensor& coefficients, int64_t num_valid,
-                                  double temperature, const std::optional<at::Tensor>& topk_ids,
-                                  const std::optional<at::Tensor>& topk_taken,
-                                  const std::optional<at::Tensor>& topk_summary) {
-    gradient_into(student, teacher, labels, final_stats, coefficients, num_valid, temperature,
-                  topk_ids, topk_taken, topk_summary, student);
+        raw_logits(student, call.teacher, call.labels, call.num_valid, call.temperature),
+        call.arguments(), out.data_ptr(), out.stride(0), student.size(1), student.size(0),
+        c10::cuda::getCurrentCUDAStream()));
 }
 
 }  // namespace
@@ -151,8 +104,8 @@ TORCH_LIBRARY_IMPL(megatron_vopd, CUDA, library) {
     library.impl("local_stats", local_stats_cuda);
     library.impl("merge_stats", merge_stats_cuda);
     library.impl("merge_topk", merge_topk_cuda);
-    library.impl("logits_gradient", logits_gradient_cuda);
-    library.impl("logits_gradient_", logits_gradient_inplace_cuda);
+    library.impl("logits_gradient", logits_gradient<write_gradient>);
+    library.impl("logits_gradient_", logits_gradient_inplace<write_gradient>);
 }
 
 }  // namespace megatron_vopd

@@ -36,6 +36,11 @@ class Coordinates:
     pp: int
     ep: int
 
+    @property
+    def is_leader(self) -> bool:
+        """Whether the rank leads its data-parallel replica: the one that may have an engine."""
+        return self.tp == self.cp == self.pp == 0
+
 
 @dataclass(frozen=True)
 class Layout:

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "arguments.h"
+
 namespace megatron_vopd::cpu {
 
 struct Bf16 {
@@ -21,26 +23,6 @@ struct Logits {
     const int64_t* labels;
     int64_t num_valid;
     double temperature;
-};
-
-// packed [tokens, 13]; the lists [tokens, topk], topk <= num_valid, possibly 0.
-struct LocalStats {
-    double* packed;
-    float* topk_student;
-    float* topk_teacher;
-    int64_t* topk_ids;
-    int64_t topk;
-};
-
-// What the gradient reads besides the logits. ids [tokens, topk], taken [tokens], summary
-// [tokens, 6] are null without a top-k.
-struct GradientInputs {
-    const double* final_stats;
-    const double* coefficients;
-    const int64_t* topk_ids;
-    const int64_t* topk_taken;
-    const double* topk_summary;
-    int64_t topk;
 };
 
 // width >= num_valid; surplus columns are written as 0. `stream`: bypass the caches (fresh output
@@ -71,26 +53,6 @@ RowKernels avx512_kernels();
 
 // The kernels of current_isa().
 RowKernels row_kernels();
-
-// Per-rank top-k lists, each sorted by (value descending, id ascending; NaN first), of shape
-// [num_ranks, num_tokens, list_size]; only the first lengths[r] entries of rank r are read.
-struct TopkLists {
-    const float* student;
-    const float* teacher;
-    const int64_t* lengths;
-    int64_t num_ranks;
-    int64_t num_tokens;
-    int64_t list_size;
-};
-
-// The global list [num_tokens, topk] and how many entries came from each rank [num_tokens,
-// num_ranks].
-struct MergedTopk {
-    float* student;
-    float* teacher;
-    int64_t* taken;
-    int64_t topk;
-};
 
 // Stable k-way merge in rank order. Shards are contiguous, so rank order is id order and the result
 // is the exact global answer. Requires sum(lengths) >= topk.

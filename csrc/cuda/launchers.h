@@ -1,10 +1,12 @@
 // Raw-pointer entry points of the CUDA kernels: no torch types, so nvcc alone compiles them.
-// Layouts are those of cpu/kernels.h; every launcher returns cudaGetLastError().
+// Every launcher returns cudaGetLastError().
 #pragma once
 
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+
+#include "arguments.h"
 
 namespace megatron_vopd::cuda {
 
@@ -22,23 +24,6 @@ struct Logits {
     Dtype dtype;
 };
 
-struct LocalStats {
-    double* packed;
-    float* topk_student;
-    float* topk_teacher;
-    int64_t* topk_ids;
-    int64_t topk;
-};
-
-struct GradientInputs {
-    const double* final_stats;
-    const double* coefficients;
-    const int64_t* topk_ids;
-    const int64_t* topk_taken;
-    const double* topk_summary;
-    int64_t topk;
-};
-
 // Columns per block maximum, and the largest shard whose maxima fit into shared memory.
 constexpr int kBlock = 256;
 constexpr int64_t kMaxColumns = int64_t{3800} * kBlock;
@@ -50,9 +35,7 @@ cudaError_t local_stats(const Logits& logits, const LocalStats& out, int64_t num
 cudaError_t merge_stats(const double* packed, int64_t num_ranks, int64_t num_tokens,
                         double optimal_floor, double* out, cudaStream_t stream);
 
-cudaError_t merge_topk(const float* student, const float* teacher, const int64_t* lengths,
-                       int64_t num_ranks, int64_t num_tokens, int64_t list_size, int64_t topk,
-                       float* out_student, float* out_teacher, int64_t* taken, cudaStream_t stream);
+cudaError_t merge_topk(const TopkLists& lists, const MergedTopk& merged, cudaStream_t stream);
 
 // `out` may be the student's logits.
 cudaError_t logits_gradient(const Logits& logits, const GradientInputs& in, void* out,

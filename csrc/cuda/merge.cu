@@ -70,16 +70,13 @@ cudaError_t merge_stats(const double* packed, int64_t num_ranks, int64_t num_tok
     return cudaGetLastError();
 }
 
-cudaError_t merge_topk(const float* student, const float* teacher, const int64_t* lengths,
-                       int64_t num_ranks, int64_t num_tokens, int64_t list_size, int64_t topk,
-                       float* out_student, float* out_teacher, int64_t* taken,
-                       cudaStream_t stream) {
-    if (num_tokens == 0) {
+cudaError_t merge_topk(const TopkLists& lists, const MergedTopk& merged, cudaStream_t stream) {
+    if (lists.num_tokens == 0) {
         return cudaSuccess;
     }
-    merge_topk_kernel<<<grid_of(num_tokens * 32), kMergeThreads, 0, stream>>>(
-        student, teacher, lengths, num_ranks, num_tokens, list_size, topk, out_student, out_teacher,
-        taken);
+    merge_topk_kernel<<<grid_of(lists.num_tokens * 32), kMergeThreads, 0, stream>>>(
+        lists.student, lists.teacher, lists.lengths, lists.num_ranks, lists.num_tokens,
+        lists.list_size, merged.topk, merged.student, merged.teacher, merged.taken);
     return cudaGetLastError();
 }
 

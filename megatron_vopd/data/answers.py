@@ -18,7 +18,7 @@ _WRAPPED = re.compile(r"\\(?:text|textbf|mathrm|mathbf)\{([^{}]*)\}")
 
 
 def last_boxed(text: str) -> str | None:
-    """The content of the last complete \\boxed{...}, braces matched; None without one."""
+    """Return the content of the last complete \\boxed{...}, braces matched; None without one."""
     start = len(text)
     while (start := text.rfind("\\boxed{", 0, start)) >= 0:
         depth = 0
@@ -30,20 +30,20 @@ def last_boxed(text: str) -> str | None:
 
 
 def reference_of(answer: str) -> str:
-    """The final part of a reference that shows its work (`... #### 42`), else all of it."""
+    """Return what follows the last `####` of a reference that shows its work, else all of it."""
     return answer.rsplit("####", 1)[-1].strip()
 
 
 def conclusion(response: str) -> str:
-    """What follows the model's thinking; nothing when the thinking did not end."""
+    """Return what follows the model's thinking; empty when the thinking did not end."""
     if "</think>" in response:
         return response.rsplit("</think>", 1)[-1].strip()
     return "" if "<think>" in response else response.strip()
 
 
 def final_answer(text: str) -> str:
-    """The last boxed expression of a conclusion, else what follows the last "answer is", else the
-    last line.
+    """Return the last boxed expression of a conclusion; without one what follows the last
+    "answer is"; without either the last line.
     """
     boxed = last_boxed(text)
     if boxed is not None:
@@ -55,7 +55,7 @@ def final_answer(text: str) -> str:
 
 
 def normalised(text: str) -> str:
-    """Without markup, emphasis and the full stop at the end; case folded, spaces single.
+    """Return `text` without markup, emphasis and final full stop, case folded, spaces single.
 
     What may be mathematics stays: `.5`, `5!`, `f'`, `2**3`, `(1, 2)`.
     """
@@ -66,12 +66,12 @@ def normalised(text: str) -> str:
 
 
 def is_mathematical(answer: str) -> bool:
-    """Whether a reference is to be compared as mathematics where it differs as text."""
+    """Return whether a reference is compared as mathematics where it differs as text."""
     return bool(_MATHEMATICS.search(answer))
 
 
 def is_same_text(reference: str, text: str) -> bool:
-    """Whether the final answer in a conclusion is the reference, up to case, spaces and markup."""
+    """Return whether a conclusion's final answer is the reference, but for case and markup."""
     said = final_answer(text)
     if normalised(said) == normalised(reference):
         return bool(normalised(reference))

@@ -1,4 +1,4 @@
-"""Grades of responses, and the statistics over them.
+"""Grades of responses, and statistics over them.
 
 A response is right when its final answer is literally the reference, or, for mathematical
 references, when math-verify finds them equal. That happens in a process of its own with a time
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from megatron_vopd.data.answers import conclusion, is_mathematical, is_same_text, reference_of
 from megatron_vopd.errors import GradingError, UserError
-from megatron_vopd.types import Prompt, Rollout
+from megatron_vopd.types import Prompt
 
 _START_SECONDS = 60.0
 _GRACE_SECONDS = 5.0
@@ -29,7 +29,7 @@ _MAX_REFERENCE, _MAX_TEXT = 2000, 8000
 
 @dataclass(frozen=True)
 class Outcome:
-    """What an evaluation keeps of a response: its grade, length in tokens, whether it was cut."""
+    """The part of a response that an evaluation keeps: grade, tokens, whether it was cut."""
 
     grade: float
     num_tokens: int
@@ -37,7 +37,7 @@ class Outcome:
 
 
 class Grader:
-    """Grades responses with one worker process, started when first needed.
+    """A grader of responses with one worker process, started when first needed.
 
     Used as a context manager, or closed by `close`. Calls may come from any one thread at a time.
 
@@ -57,7 +57,7 @@ class Grader:
         self.close()
 
     def grade(self, prompt: Prompt, response_text: str) -> float:
-        """1.0 for a right final answer, else 0.0.
+        """Return 1.0 for a right final answer, else 0.0.
 
         Raises:
             UserError: the prompt has no reference answer.
@@ -86,7 +86,7 @@ class Grader:
                     pipe.close()
 
     def _is_equal(self, reference: str, response: str) -> bool:
-        worker = self._worker = self._worker or _started()
+        worker = self._worker = self._worker or _start_worker()
         assert worker.stdin is not None
         request = json.dumps([reference, response, self._limit], ensure_ascii=False) + "\n"
         try:
@@ -102,10 +102,14 @@ class Grader:
         return json.loads(answer) is True
 
 
-def _started() -> subprocess.Popen[bytes]:
-    """A worker that is ready; raises GradingError."""
+def _start_worker() -> subprocess.Popen[bytes]:
+    """Start a worker and wait until it is ready.
+
+    Raises:
+        GradingError: it ends, or is not ready in time.
+    """
     worker = subprocess.Popen(
-        [sys.executable, "-P", "-m", "megatron_vopd.data.prompts.grading_worker"],
+        [sys.executable, "-P", "-m", "megatron_vopd.data.grading_worker"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
@@ -122,7 +126,7 @@ def _started() -> subprocess.Popen[bytes]:
 
 
 def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> bytes:
-    """One line, or what there is of it when the worker ends or `seconds` are over."""
+    """Read one line, or what there is of it when the worker ends or `seconds` are over."""
     assert worker.stdout is not None
     descriptor = worker.stdout.fileno()
     deadline = time.monotonic() + seconds
@@ -141,14 +145,16 @@ def _read_line(worker: subprocess.Popen[bytes], seconds: float) -> bytes:
 
 
 def avg_at_k(grades_PG: Sequence[Sequence[float]]) -> float:
-    """Mean grade over all responses of all prompts; NaN without any."""
+    """Return the mean grade over all responses of all prompts; NaN without any."""
     grades = [grade for grades_G in grades_PG for grade in grades_G]
     return math.fsum(grades) / len(grades) if grades else math.nan
 
 
 def pass_at_k(grades_PG: Sequence[Sequence[float]], k: int) -> float:
-    """Mean over prompts of the chance that k of its G responses, drawn without return, hold a right
-    one: 1 - C(G - c, k) / C(G, k) with c right ones (grade > 1/2). NaN without prompts.
+    """Return the mean over prompts of the chance that k of its G responses hold a right one.
+
+    Drawn without replacement: 1 - C(G - c, k) / C(G, k) with c right ones (grade > 1/2). NaN
+    without prompts.
 
     Raises:
         ValueError: a prompt with fewer than k responses.
@@ -162,39 +168,10 @@ def pass_at_k(grades_PG: Sequence[Sequence[float]], k: int) -> float:
     return math.fsum(chances) / len(chances) if chances else math.nan
 
 
-def group_normalised(grades_G: Sequence[float]) -> list[float]:
-    """(grade - mean) / standard deviation within one prompt's responses; zeros when all are equal.
-
-    The deviation is that of the group itself (divisor G).
-    """
-    if not grades_G:
-        return []
-    mean = math.fsum(grades_G) / len(grades_G)
-    variance = math.fsum((grade - mean) ** 2 for grade in grades_G) / len(grades_G)
-    if max(grades_G) == min(grades_G):
-        return [0.0] * len(grades_G)
-    return [(grade - mean) / math.sqrt(variance) for grade in grades_G]
-
-
-def task_rewards(rollouts: Sequence[Rollout], grades: Sequence[float]) -> list[float]:
-    """`group_normalised` within each prompt's rollouts, in the order of `rollouts`.
-
-    Args:
-        rollouts: by prompt, then by sample, as an engine returns them; sample 0 begins a group.
-        grades: of each rollout.
-    """
-    groups: list[list[float]] = []
-    for rollout, grade in zip(rollouts, grades, strict=True):
-        if rollout.sample == 0 or not groups:
-            groups.append([])
-        groups[-1].append(grade)
-    return [reward for grades_G in groups for reward in group_normalised(grades_G)]
-
-
 def evaluation_metrics(
     task: str, outcomes: Sequence[Outcome], samples: int, k: int
 ) -> dict[str, float]:
-    """`eval/<task>/{avg@samples,pass@k,length,truncated_frac}` of one task's responses.
+    """Return `eval/<task>/{avg@samples,pass@k,length,truncated_frac}` of a task's responses.
 
     Args:
         outcomes: `samples` of each prompt, one prompt after the other.

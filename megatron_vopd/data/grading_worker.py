@@ -18,7 +18,7 @@ _MEMORY_BYTES = 4 * 2**30
 
 
 def is_equal(reference: str, response: str) -> bool:
-    """Whether math-verify finds the reference in the response."""
+    """Return whether math-verify finds the reference in the response."""
     from math_verify import parse, verify
 
     marked = reference if "$" in reference or "\\boxed" in reference else f"\\boxed{{{reference}}}"

@@ -32,7 +32,7 @@ class RMSNorm(torch.nn.Module):
         self.eps = eps
 
     def forward(self, hidden: Tensor) -> Tensor:
-        """hidden [..., hidden_size] -> the same shape and dtype."""
+        """Normalise hidden [..., hidden_size]; shape and dtype stay."""
         return rms_norm(hidden, self.weight.shape, self.weight, self.eps)
 
 
@@ -66,7 +66,7 @@ class CausalAttention(torch.nn.Module):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """Returns [S, B, heads * d], or [T, heads * d] for packed rows."""
+        """Return the mixed values [S, B, heads * d], or [T, heads * d] for packed rows."""
         assert attention_mask is None, "causal attention takes no mask: pad at the end"
         assert attention_bias is None, "causal attention takes no bias"
         if packed_seq_params is None:
@@ -82,7 +82,7 @@ class CausalAttention(torch.nn.Module):
         return torch.cat(rows).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """[B, heads, S, d] each (fewer heads in key and value) -> [B, heads, S, d]."""
+        """Attend within [B, heads, S, d] (fewer heads in key and value) -> [B, heads, S, d]."""
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=True
         )
@@ -112,7 +112,7 @@ class CausalAttention(torch.nn.Module):
 
 
 def packed_params(lengths: list[int], device: torch.device | str) -> PackedSeqParams:
-    """Bounds of the sequences that lie one after another in a packed row.
+    """Return the bounds of the sequences that lie one after another in a packed row.
 
     Args:
         lengths: tokens of each sequence, all positive; they fill the row.

@@ -87,7 +87,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaIsCpu(TorchFunctionMode):
-    """Runs every torch function with CUDA devices replaced by the CPU."""
+    """A mode in which every torch function runs with CUDA devices replaced by the CPU."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -105,7 +105,7 @@ class _CudaIsCpu(TorchFunctionMode):
 
 
 def _all_to_all_with_lists(original: Any) -> Any:
-    """gloo takes split sizes as lists; the expert dispatcher leaves CPU tensors of them."""
+    """Wrap all_to_all_single: gloo takes split sizes as lists, megatron-core gives CPU tensors."""
 
     def all_to_all_single(
         output: torch.Tensor,
@@ -124,10 +124,10 @@ def _all_to_all_with_lists(original: Any) -> Any:
 
 
 def _load_states_with_own_steps(original: Any) -> Any:
-    """torch's Adam counts steps per parameter; megatron-core loads one count for all to share.
+    """Wrap the loading of optimizer state so that each parameter has its own count of steps.
 
-    Shared, the count would rise once per parameter in every step. In 0.16.1 loading even fails, for
-    want of the key.
+    torch's Adam counts per parameter; megatron-core loads one count for all. Shared, the count
+    would rise once per parameter in every step. In 0.16.1 loading even fails, for want of the key.
     """
 
     def set_main_param_and_optimizer_states(self: Any, model_param: Any, tensors: dict) -> None:
@@ -156,7 +156,7 @@ def _mend_megatron() -> None:
 
 
 def is_active() -> bool:
-    """True once `activate` has run in this process."""
+    """Return whether `activate` has run in this process."""
     return _active_mode is not None
 
 

@@ -27,7 +27,7 @@ from megatron_vopd.megatron.microbatch import Microbatch
 
 
 def run_row(model: Any, row: Microbatch, device: torch.device | str) -> Tensor:
-    """One stage's output for a packed row: on the last stage hidden states [1, S (/ tp), D]."""
+    """Run a packed row through one stage; the last one returns hidden states [1, S (/ tp), D]."""
     ids_BS = row.ids_S[None].to(device)
     positions_BS = torch.arange(ids_BS.shape[1], device=device)[None]
     bounds = packed_params(list(row.lengths), device)
@@ -35,7 +35,7 @@ def run_row(model: Any, row: Microbatch, device: torch.device | str) -> Tensor:
 
 
 def response_hidden(output: Tensor, row: Microbatch, model: Any, groups: Groups) -> Tensor:
-    """Hidden states [T, D] that predict the row's response tokens, from the last stage's output.
+    """Pick the hidden states [T, D] that predict the row's response from the last stage's output.
 
     Under sequence parallelism the row is gathered first, and the backward of that gather adds up
     the tp ranks' gradients: the loss then hands over this rank's part only.
@@ -78,7 +78,7 @@ def forward_backward(
 def forward_hidden(
     model: Any, groups: Groups, rows: Sequence[Microbatch], device: torch.device | str
 ) -> list[Tensor]:
-    """Final hidden states [T, D] of each row's response, on the last stage; elsewhere nothing.
+    """Return final hidden states [T, D] of each row's response on the last stage; elsewhere [].
 
     Every rank of the model's replica calls it with the same rows; with experts spread over
     replicas, all replicas call it with equally many.
@@ -113,7 +113,7 @@ def forward_hidden(
         micro_batch_size=1,
         forward_only=True,
         collect_non_loss_data=True,
-        pg_collection=groups.collection,
+        pg_collection=groups.process_groups,
         **between_stages,
     )
     return collected

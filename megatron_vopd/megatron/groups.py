@@ -57,32 +57,37 @@ class Groups:
     Attributes:
         layout: how the world is cut for this model.
         coordinates: this rank's place.
-        collection: megatron-core's ProcessGroupCollection; every group it holds is set.
+        process_groups: megatron-core's ProcessGroupCollection; every group it holds is set.
     """
 
     layout: Layout
     coordinates: Coordinates
-    collection: ProcessGroupCollection
+    process_groups: ProcessGroupCollection
 
     @property
     def tp(self) -> dist.ProcessGroup:
         """Ranks that share every layer of this stage, in order of vocabulary and heads."""
-        return self.collection.tp
+        return self.process_groups.tp
 
     @property
     def pp(self) -> dist.ProcessGroup:
         """Ranks that hold the other stages of this replica, first stage first."""
-        return self.collection.pp
+        return self.process_groups.pp
 
     @property
     def dp(self) -> dist.ProcessGroup:
         """Ranks that hold the same shard in the other replicas."""
-        return self.collection.dp
+        return self.process_groups.dp
 
     @property
     def ep(self) -> dist.ProcessGroup:
         """Ranks that together hold all experts of this stage."""
-        return self.collection.ep
+        return self.process_groups.ep
+
+    @property
+    def is_leader(self) -> bool:
+        """Whether this rank leads its data-parallel replica: the one that may have an engine."""
+        return self.coordinates.is_leader
 
     @property
     def is_first_stage(self) -> bool:
@@ -111,7 +116,7 @@ def init_world(device: str, timeout_seconds: float = 600.0) -> None:
 
 
 def init_single_process() -> None:
-    """A world of this one process on the CPU, where torchrun has not made one."""
+    """Make a world of this one process on the CPU, unless there is a world already."""
     cpu_runtime.activate()
     if not dist.is_initialized():
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
@@ -119,7 +124,7 @@ def init_single_process() -> None:
 
 
 def member_ranks(layout: Layout, axes: Iterable[str], expert: bool = False) -> list[list[int]]:
-    """All groups of ranks that differ only along `axes`, members ascending, groups by first member.
+    """Return all groups of ranks that differ along `axes` only, members and groups ascending.
 
     Args:
         axes: of "tp", "cp", "dp", "pp", or with `expert` of "ep", "edp", "pp".
@@ -165,19 +170,19 @@ def student_groups(layout: Layout, seed: int = 0) -> Groups:
         distributed_timeout_minutes=cast(int, _world_timeout() / datetime.timedelta(minutes=1)),
     )
     model_parallel_cuda_manual_seed(seed)
-    collection = ProcessGroupCollection.use_mpu_process_groups(
+    process_groups = ProcessGroupCollection.use_mpu_process_groups(
         [*_DECODER_GROUPS, *_EXPERT_GROUPS, "embd", "pos_embd", "intra_dist_opt"]
     )
     alone = _own_group([[rank] for rank in range(layout.world_size)])
     for name in ("embd", "pos_embd"):
-        group = getattr(collection, name)
+        group = getattr(process_groups, name)
         if group is None or dist.get_rank(group) < 0:
-            setattr(collection, name, alone)
-    return _frozen(layout, collection)
+            setattr(process_groups, name, alone)
+    return _frozen(layout, process_groups)
 
 
 def independent_groups(layout: Layout) -> Groups:
-    """Groups of a second model over the same world, apart from megatron-core's global state.
+    """Create a second model's groups over the same world, apart from megatron-core's own state.
 
     Called by every rank of the world, in the same order. Groups of equal members are created once.
     """
@@ -201,13 +206,6 @@ def independent_groups(layout: Layout) -> Groups:
     return _frozen(layout, ProcessGroupCollection(**groups))
 
 
-def destroy_groups() -> None:
-    """Forget megatron-core's parallel state, so that another layout may be initialised."""
-    from megatron.core import parallel_state
-
-    parallel_state.destroy_model_parallel()
-
-
 def _own_group(members: list[list[int]]) -> dist.ProcessGroup:
     """Create one group per list (every rank must call with the same lists); return this rank's."""
     own, _ = dist.new_subgroups_by_enumeration(members, timeout=_world_timeout())
@@ -216,16 +214,16 @@ def _own_group(members: list[list[int]]) -> dist.ProcessGroup:
 
 
 def _world_timeout() -> datetime.timedelta:
-    """Of the world's collectives; torch would give a new group half an hour whatever they have."""
+    """Return the timeout of the world's collectives; torch gives a new group half an hour."""
     device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
     world = cast(Any, dist.group.WORLD)
     return world._get_backend(device).options._timeout
 
 
-def _frozen(layout: Layout, collection: ProcessGroupCollection) -> Groups:
-    missing = [name for name, group in vars(collection).items() if group is None]
+def _frozen(layout: Layout, process_groups: ProcessGroupCollection) -> Groups:
+    missing = [name for name, group in vars(process_groups).items() if group is None]
     assert not missing, f"process groups without members: {missing}"
-    return Groups(layout, layout.coordinates(dist.get_rank()), collection)
+    return Groups(layout, layout.coordinates(dist.get_rank()), process_groups)
 
 
 def _require_world(layout: Layout) -> None:

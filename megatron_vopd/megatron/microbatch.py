@@ -45,7 +45,7 @@ class Microbatch:
 
 @dataclass(frozen=True)
 class PackingSettings:
-    """How rows are made.
+    """The sizes by which rows are made.
 
     Attributes:
         num_replicas: data-parallel replicas of the student.
@@ -61,12 +61,12 @@ class PackingSettings:
 
     @property
     def segment(self) -> int:
-        """Sequences are filled up to a multiple of this."""
+        """Tokens to whose multiple each sequence is filled up."""
         return 2 * self.cp if self.cp > 1 else 1
 
 
 def deal(loads: Sequence[int], num_hands: int) -> list[list[int]]:
-    """Indices of `loads` dealt out heaviest first, back and forth: hands differ by one at most."""
+    """Deal out indices of `loads`, heaviest first, back and forth; hands differ by one at most."""
     hands: list[list[int]] = [[] for _ in range(num_hands)]
     for turn, index in enumerate(sorted(range(len(loads)), key=lambda i: (-loads[i], i))):
         lap, seat = divmod(turn, num_hands)
@@ -75,7 +75,7 @@ def deal(loads: Sequence[int], num_hands: int) -> list[list[int]]:
 
 
 def empty_row(like: Microbatch) -> Microbatch:
-    """A row without responses for the same teacher, as replicas without data get it."""
+    """Return a row without responses for the teacher of `like`, for replicas without data."""
     none = torch.zeros(0, dtype=torch.int64)
     segment = like.lengths[-1:]  # a length that is a multiple of whatever lengths must be
     ids_S = torch.full(segment, FILLING_ID, dtype=torch.int64)
@@ -83,7 +83,7 @@ def empty_row(like: Microbatch) -> Microbatch:
 
 
 def cp_chunks(lengths: Sequence[int], rank: int, cp: int) -> Tensor:
-    """Positions of a whole row that cp rank `rank` holds [S / cp], in its local order.
+    """Return the positions of a whole row that cp rank `rank` holds, [S / cp], in its order.
 
     Args:
         lengths: of the sequences, multiples of 2 cp (any, when cp is 1).
@@ -101,7 +101,7 @@ def cp_chunks(lengths: Sequence[int], rank: int, cp: int) -> Tensor:
 
 
 def cp_tokens(row: Microbatch, rank: int, cp: int) -> Tensor:
-    """Which of the row's response tokens cp rank `rank` trains: indices into T, ascending."""
+    """Return which of the row's T response tokens cp rank `rank` trains: indices, ascending."""
     if cp == 1:
         return torch.arange(row.num_tokens)
     held = torch.zeros(len(row.ids_S), dtype=torch.bool)
@@ -110,7 +110,7 @@ def cp_tokens(row: Microbatch, rank: int, cp: int) -> Tensor:
 
 
 def cp_shard(row: Microbatch, rank: int, cp: int) -> Microbatch:
-    """The part of a whole row that cp rank `rank` runs; the row itself when cp is 1."""
+    """Return the part of a whole row that cp rank `rank` runs; the row itself when cp is 1."""
     if cp == 1:
         return row
     positions, tokens = cp_chunks(row.lengths, rank, cp), cp_tokens(row, rank, cp)

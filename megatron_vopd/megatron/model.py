@@ -1,6 +1,6 @@
 """megatron-core's GPTModel from a HuggingFace config.
 
-`build_model` makes one pipeline stage's shard of the model, empty; `hf_io.load_weights` fills it.
+`build_model` makes one pipeline stage's shard of the model, empty; `weights.load_weights` fills it.
 The student and the teacher are both built here, from their own `Groups`.
 
 The last stage returns final hidden states, not logits: the vocabulary head is applied by the loss,
@@ -57,7 +57,7 @@ class ModelOptions:
 def build_model(
     hf_config: Any, facts: ModelFacts, groups: Groups, options: ModelOptions
 ) -> GPTModel:
-    """This rank's shard of the model, its parameters not yet filled.
+    """Build this rank's shard of the model; its parameters are not filled yet.
 
     Args:
         hf_config: the transformers config that `facts` were read from (its RoPE settings are used).
@@ -82,7 +82,7 @@ def build_model(
         parallel_output=True,
         share_embeddings_and_output_weights=facts.tied,
         position_embedding_type="rope",
-        pg_collection=groups.collection,
+        pg_collection=groups.process_groups,
     )
     model.rotary_pos_emb.inv_freq = rope_frequencies(hf_config).to(options.device)
     if groups.is_last_stage and options.output == "hidden":
@@ -97,7 +97,7 @@ def build_model(
 def _mark_parameters(
     model: GPTModel, facts: ModelFacts, groups: Groups, options: ModelOptions
 ) -> None:
-    """Marks by which megatron-core sums gradients and counts each one once in the gradient norm.
+    """Set the marks by which megatron-core sums gradients and counts each once in their norm.
 
     megatron-core sets them while it initialises weights, which is switched off here. Experts are
     whole, also where tp > 1: their gradients are summed over their own replicas, and every rank
@@ -119,12 +119,12 @@ def _mark_parameters(
 
 
 def _return_hidden(input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
-    """Stands where the output layer's matrix product was."""
+    """Return the input, in place of the output layer's matrix product."""
     return input_, None
 
 
 def head_weight(model: GPTModel) -> Tensor:
-    """The vocabulary head on the last stage [V_padded / tp, D]: the embedding's own when tied."""
+    """Return the last stage's vocabulary head [V_padded / tp, D]; when tied, the embedding."""
     tied = model.share_embeddings_and_output_weights
     weight = model.shared_embedding_or_output_weight() if tied else model.output_layer.weight
     assert weight is not None, "only the last pipeline stage has the head"
@@ -132,7 +132,7 @@ def head_weight(model: GPTModel) -> Tensor:
 
 
 def rope_frequencies(hf_config: Any) -> Tensor:
-    """Inverse rotary frequencies [head_dim / 2] fp32, as transformers computes them."""
+    """Return inverse rotary frequencies [head_dim / 2] fp32, as transformers computes them."""
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
     # Real numbers also where the model is built on the meta device, for its shapes only.
@@ -150,7 +150,7 @@ def rope_frequencies(hf_config: Any) -> Tensor:
 def transformer_config(
     facts: ModelFacts, groups: Groups, options: ModelOptions
 ) -> TransformerConfig:
-    """megatron-core's config of this model: exact operations, no dropout, token-summed loss."""
+    """Make megatron-core's config: exact operations, no dropout, token-summed loss."""
     layout, on_cpu = groups.layout, options.device == "cpu"
     recompute: dict[str, Any] = {
         "none": {},
@@ -199,7 +199,7 @@ def transformer_config(
 
 
 def _fusions(options: ModelOptions) -> dict[str, bool]:
-    """Fused kernels come with TransformerEngine; the local spec runs the plain operations."""
+    """Choose fused kernels, which come with TransformerEngine, or the local spec's plain ones."""
     fused = options.layer_spec == "te"
     return {
         "gradient_accumulation_fusion": fused,
@@ -212,7 +212,7 @@ def _fusions(options: ModelOptions) -> dict[str, bool]:
 
 
 def _expert_settings(facts: ModelFacts, options: ModelOptions) -> dict[str, Any]:
-    """Every token reaches all of its experts, with no balancing loss: as transformers computes."""
+    """Route every token to all of its experts without balancing loss, as transformers does."""
     # megatron-core asks for this dispatcher wherever sequence lengths vary, experts or not.
     dispatcher = {"moe_token_dispatcher_type": "alltoall"}
     if not facts.is_moe:
@@ -231,7 +231,7 @@ def _expert_settings(facts: ModelFacts, options: ModelOptions) -> dict[str, Any]
 def _block_spec(
     config: TransformerConfig, facts: ModelFacts, groups: Groups, options: ModelOptions
 ) -> Any:
-    """Layers of this stage. The local spec gets our norm and attention, which need no package."""
+    """Specify this stage's layers; the local ones get our norm and attention (`attention`)."""
     if options.layer_spec == "te":
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=facts.num_experts or None,

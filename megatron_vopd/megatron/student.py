@@ -29,7 +29,7 @@ from megatron_vopd.megatron.weights import load_weights
 
 @dataclass(frozen=True)
 class Student:
-    """What training holds of the student on this rank.
+    """The student as training holds it on this rank.
 
     Attributes:
         model: DistributedDataParallel around the bare GPTModel (`model.module`).
@@ -62,18 +62,12 @@ class Student:
         return self.options.sequence_parallel and self.groups.layout.tp > 1
 
     @property
-    def is_data_leader(self) -> bool:
-        """One rank per data-parallel replica, which holds its engine."""
-        at = self.groups.coordinates
-        return (at.tp, at.cp, at.pp) == (0, 0, 0)
-
-    @property
     def counts_tokens(self) -> bool:
-        """One rank per row part that saw its tokens: sums over these count each token once."""
+        """Whether this rank counts its tokens; sums over all ranks then count each token once."""
         return self.groups.is_last_stage and self.groups.coordinates.tp == 0
 
     def packing(self, max_tokens: int) -> PackingSettings:
-        """How rows for this student are made."""
+        """Return how rows for this student are made."""
         layout = self.groups.layout
         alignment = layout.tp if self.sequence_parallel else 1
         return PackingSettings(layout.dp, max_tokens, alignment, layout.cp)
@@ -89,7 +83,7 @@ def load_student(
     """Build the student, fill it from a HuggingFace folder, and give it an optimizer.
 
     Args:
-        groups: from `parallel.student_groups`.
+        groups: from `groups.student_groups`.
         num_steps: of the run; the schedule reaches its end at the last one.
 
     Raises:
@@ -127,7 +121,7 @@ def _optimizer_config(section: OptimizerSection, options: ModelOptions) -> Optim
 def make_scheduler(
     optimizer: Any, section: OptimizerSection, num_steps: int
 ) -> OptimizerParamScheduler:
-    """Learning rate of step n = 0 .. num_steps - 1, by megatron-core's scheduler.
+    """Make megatron-core's scheduler of the learning rate of step n = 0 .. num_steps - 1.
 
     The warm-up rises over `warmup_steps` steps from peak / (warmup_steps + 1), so that no step is
     spent at rate 0; the step after it has the peak, and the last step `min_learning_rate`.
@@ -151,7 +145,7 @@ def make_scheduler(
 
 
 def learning_rate(optimizer: Any) -> float:
-    """Of the next update; groups share one schedule."""
+    """Return the learning rate of the next update; parameter groups share one schedule."""
     return float(optimizer.param_groups[0]["lr"]) if optimizer.param_groups else 0.0
 
 

@@ -39,7 +39,7 @@ Keep = Callable[[Place, Tensor], None]
 
 
 def student_shard(facts: ModelFacts, groups: Groups, vocab_size: int | None = None) -> VocabShard:
-    """This tp rank's columns of the student's head, as far as they are below `vocab_size`.
+    """Return this tp rank's columns of the student's head that are below `vocab_size`.
 
     Args:
         vocab_size: of the vocabulary that both models share; None: the student's.
@@ -53,7 +53,7 @@ def student_shard(facts: ModelFacts, groups: Groups, vocab_size: int | None = No
 def load_head(
     model_dir: str | Path, facts: ModelFacts, shard: VocabShard, options: ModelOptions
 ) -> Tensor:
-    """Rows [start, stop) of a model's vocabulary head, [V_shard, D], read from its folder."""
+    """Read rows [start, stop) of a model's vocabulary head, [V_shard, D], from its folder."""
     name = "model.embed_tokens.weight" if facts.tied else "lm_head.weight"
     with SafetensorsFolder(model_dir) as folder:
         rows = folder.slices(name)[shard.start : shard.stop]
@@ -108,7 +108,7 @@ class Teacher:
         self._to_host()
 
     def score(self, rows: Sequence[Microbatch]) -> list[Tensor]:
-        """Hidden states [T, D] of the rows' responses on its last stage; elsewhere nothing.
+        """Return hidden states [T, D] of the rows' responses on the last stage; elsewhere [].
 
         Every rank of a replica calls it with the same rows, every replica with equally many.
         """
@@ -118,12 +118,12 @@ class Teacher:
         return hidden
 
     def received(self, num_tokens: int) -> Tensor:
-        """Memory for hidden states [num_tokens, D] of another rank."""
+        """Allocate memory for hidden states [num_tokens, D] of another rank."""
         dtype = next(self._model.parameters()).dtype
         return torch.empty(num_tokens, self.facts.hidden_size, dtype=dtype, device=self._device)
 
     def held(self, hidden_TD: Tensor) -> Tensor:
-        """Hidden states as they are kept until the loss needs them: on the host when offloaded."""
+        """Move hidden states to where they wait for the loss: to the host when offloaded."""
         return hidden_TD.cpu() if self._offload else hidden_TD
 
     def _to_host(self) -> None:
@@ -143,7 +143,7 @@ class Teacher:
 
 
 def _plain_strides(_module: Any, _inputs: Any, hidden: Tensor) -> Tensor:
-    """Embeddings [S, 1, D] with the strides of a fresh tensor; values and memory are the same.
+    """Give embeddings [S, 1, D] the strides of a fresh tensor; values and memory stay.
 
     They come transposed from [1, S, D], with a stride of S * D for the middle dimension, which
     `contiguous` lets pass. With such strides and a weight that needs no gradient, torch multiplies
@@ -153,7 +153,7 @@ def _plain_strides(_module: Any, _inputs: Any, hidden: Tensor) -> Tensor:
 
 
 def teacher_plan(num_tokens: Sequence[int], num_replicas: int) -> list[list[int | None]]:
-    """Which rows each teacher replica scores, equally many: indices, None for a row of filling.
+    """Deal rows to teacher replicas, equally many to each: indices, None for a row of filling.
 
     Args:
         num_tokens: of each row, filling included.
@@ -170,7 +170,7 @@ def score(
     skip: Collection[Place] = (),
     keep: Keep | None = None,
 ) -> list[Tensor]:
-    """Teacher hidden states for this rank's microbatches, in their order; [T, 0] without response.
+    """Score this rank's microbatches: teacher hidden states in their order, empty without response.
 
     A collective of the whole world, teacher by teacher in the order of their keys.
 
@@ -186,7 +186,7 @@ def score(
         the tokens under cp), the same on every tp rank; elsewhere [].
 
     Raises:
-        UserError: a prompt that names a teacher which there is not.
+        UserError: a prompt names a teacher that does not exist.
     """
     found: dict[int, Tensor] = {}
     for key, places in sorted(_places(teachers, replicas, skip).items()):
@@ -200,7 +200,7 @@ def score(
 def _places(
     teachers: Mapping[str, Teacher], replicas: Replicas, skip: Collection[Place]
 ) -> dict[str, list[Place]]:
-    """Rows with responses by teacher, in the order in which all ranks treat them."""
+    """Sort rows with responses by teacher, in the order in which all ranks treat them."""
     places: dict[str, list[Place]] = {}
     if not teachers:  # an objective without one
         return places
@@ -219,7 +219,7 @@ def _places(
 def _score_places(
     teacher: Teacher, places: list[Place], replicas: Replicas, student: Groups, keep: Keep | None
 ) -> dict[int, Tensor]:
-    """One teacher's hidden states of this rank's microbatches, by position in its replica."""
+    """Score with one teacher: hidden states of this rank's microbatches by their position."""
     rows = [replicas[replica][position] for replica, position in places]
     plan = teacher_plan([len(row.ids_S) for row in rows], teacher.groups.layout.dp)
     own = plan[teacher.groups.coordinates.dp]

@@ -89,7 +89,7 @@ def export_weights(
     with_tied_head: bool = False,
     gather: Gather | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors of a spread-out model, one after another in HF's order, in the parameters' dtype.
+    """Yield HF tensors of a spread-out model, in HF's order and the parameters' dtype.
 
     Every rank of the world iterates to the end, in lockstep, and receives every tensor.
 
@@ -112,7 +112,7 @@ def export_tensors(
     with_tied_head: bool = False,
     gather: Gather | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """`export_weights` for anything shaped like the parameters: gradients, optimizer moments.
+    """Export whatever is shaped like the parameters, as `export_weights`: gradients, moments.
 
     A tensor is put together over tp on the ranks that hold it, then sent along pp (experts: along
     ep first). A shard that varies over data-parallel replicas is the caller's business.
@@ -135,7 +135,7 @@ def own_pieces(
     groups: Groups,
     layer_spec: LayerSpec,
 ) -> Iterator[tuple[str, Slices, Tensor]]:
-    """What this rank brings to a unit's HF tensors: name, rectangle, values.
+    """Yield what this rank brings to a unit's HF tensors: name, rectangle, values.
 
     Over all ranks of the world every element comes once: from the first replica of those that hold
     it.
@@ -147,7 +147,7 @@ def own_pieces(
     if expert_rank is None:
         is_mine = at.dp == at.cp == 0
     else:
-        is_mine = at.ep == expert_rank and groups.collection.expt_dp.rank() == 0
+        is_mine = at.ep == expert_rank and groups.process_groups.expt_dp.rank() == 0
     for rule in unit.rules:
         if is_mine and (expert_rank is not None or rule.cut != "replicated" or at.tp == 0):
             own = shards[unit.megatron_name(rule, layer_spec, facts, layout)]
@@ -179,7 +179,7 @@ def _gather_unit(
     tensors = {name: any_shard.new_empty(hf_shape(name, facts)) for name in unit.hf_names()}
 
     def assemble() -> None:
-        """Shards of the tp ranks one after another, so that only one of them exists at a time."""
+        """Join the shards of the tp ranks one by one, so that only one of them exists at a time."""
         for rule in unit.rules:
             own = shards[unit.megatron_name(rule, layer_spec, facts, layout)].detach().contiguous()
             size = layout.tp if expert_rank is None and rule.cut != "replicated" else 1

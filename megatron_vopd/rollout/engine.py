@@ -21,13 +21,9 @@ from megatron_vopd.errors import UserError
 from megatron_vopd.types import Prompt, Rollout
 
 
-class SamplingError(UserError):
-    """Sampling settings that the objective cannot be computed from."""
-
-
 @dataclass(frozen=True)
 class Sampling:
-    """How responses are drawn.
+    """The way in which responses are drawn.
 
     Attributes:
         max_tokens: longest response.
@@ -38,7 +34,7 @@ class Sampling:
         stop_ids: ids that end a response (they are part of it).
 
     Raises:
-        SamplingError: a value out of its range.
+        UserError: a value out of its range.
     """
 
     max_tokens: int
@@ -57,59 +53,23 @@ class Sampling:
             ("stop_ids", all(i >= 0 for i in self.stop_ids), "token ids, 0 or more"),
         ):
             if not fits:
-                raise SamplingError(
-                    f"sampling {name}: got {getattr(self, name)}, expected {expected}"
-                )
+                raise UserError(f"sampling {name}: got {getattr(self, name)}, expected {expected}")
 
 
 def response_seed(seed: int, prompt_id: str, sample: int) -> int:
-    """The seed of one response, 0 <= seed < 2^63: the same wherever and whenever it is sampled."""
+    """Return a response's seed, 0 <= seed < 2^63, the same wherever and whenever it is sampled."""
     text = f"{seed}\0{prompt_id}\0{sample}".encode()
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
 
 
-def check_sampling(
-    sampling: Sampling, estimator: str, importance: str = "truncate", allow_biased: bool = False
-) -> None:
-    """Refuse settings that rollouts of the student cannot be trained with (algorithms, section 1).
-
-    Args:
-        estimator, importance: of the objective, as in its configuration.
-        allow_biased: the user accepts a biased estimate.
-
-    Raises:
-        SamplingError: with the reason and the remedy.
-    """
-    if sampling.temperature == 0 and (estimator == "sampled" or importance != "none"):
-        raise SamplingError(
-            "sampling temperature: got 0 (greedy), expected 1: a response that is not drawn at "
-            "random has no log-prob to weigh it with; set rollout.temperature=1"
-        )
-    if estimator != "sampled" or allow_biased:
-        return
-    if sampling.temperature != 1:
-        raise SamplingError(
-            f"sampling temperature: got {sampling.temperature:g}, expected 1: the sampled "
-            "estimator averages log q(a) - log p(a) over actions drawn from p itself, and p is the "
-            "distribution at temperature 1; set rollout.temperature=1, or accept the bias by "
-            "objective.allow_biased_sampling=true"
-        )
-    if sampling.top_p != 1:
-        raise SamplingError(
-            f"sampling top_p: got {sampling.top_p:g}, expected 1: tokens outside the nucleus are "
-            "never drawn, so the baseline is not their mean and the estimate is biased; set "
-            "rollout.top_p=1, or accept the bias by objective.allow_biased_sampling=true"
-        )
-
-
 @dataclass(frozen=True)
 class PushReport:
-    """What one weight push did.
+    """The report of one weight push.
 
     Attributes:
-        policy_version: that the engine reports now.
-        num_bytes: of all tensors, once.
-        seconds: from the first tensor to the engine's answer that it samples from them.
+        policy_version: version that the engine reports now.
+        num_bytes: size of all tensors, each counted once.
+        seconds: time from the first tensor to the engine's answer that it samples from them.
         num_tensors: HF tensors sent.
         probe_gap: largest |log-prob of the engine - of the trainer| over the probe, nats; None:
             not probed.
@@ -125,11 +85,11 @@ class PushReport:
 
     @property
     def gigabytes_per_second(self) -> float:
-        """10^9 bytes per second."""
+        """Rate of the push in 10^9 bytes per second."""
         return self.num_bytes / 1e9 / max(self.seconds, 1e-9)
 
     def metrics(self) -> dict[str, float]:
-        """For the run's metrics."""
+        """Return the run's metrics of this push."""
         found = {
             "time/weight_sync_seconds": self.seconds,
             "weight_sync/bytes": float(self.num_bytes),
@@ -143,7 +103,7 @@ class PushReport:
 
 @dataclass(frozen=True)
 class GenerationReport:
-    """What one call of `generate` did. Lengths are of responses, in tokens."""
+    """The report of one call of `generate`; lengths are of responses, in tokens."""
 
     seconds: float
     num_responses: int
@@ -152,7 +112,7 @@ class GenerationReport:
     num_truncated: int
 
     def metrics(self) -> dict[str, float]:
-        """For the run's metrics; nothing is divided by zero when nothing was sampled."""
+        """Return the run's metrics of this call, also of one that sampled nothing."""
         responses = max(self.num_responses, 1)
         return {
             "time/rollout_seconds": self.seconds,
@@ -165,7 +125,7 @@ class GenerationReport:
 
 
 def generation_report(rollouts: Sequence[Rollout], seconds: float) -> GenerationReport:
-    """Counts of what was sampled in `seconds`."""
+    """Count what was sampled in `seconds`."""
     lengths = [len(rollout.response_ids) for rollout in rollouts]
     truncated = sum(rollout.finish_reason == "length" for rollout in rollouts)
     return GenerationReport(
@@ -177,12 +137,13 @@ Progress = Callable[[int, int], None]  # finished responses, all responses
 
 
 class Engine(Protocol):
-    """What training asks of an engine; `vllm_local`, `vllm_server` and `scripted` are three.
+    """The methods that training needs of an engine; `vllm.local` and `vllm.server` have them.
 
     Attributes:
-        policy_version: of the weights that it samples from; None: none that may be used.
+        policy_version: version of the weights that it samples from; None: it has none.
         num_replicas: copies of the weights that sample, each probed by itself (servers).
-        shared_dtype: of the weights that it reads from this machine's memory; None: it does not.
+        shared_dtype: type of the weights that it reads from this machine's memory; None: it does
+            not read them there.
         generation: report of the last `generate`.
     """
 
@@ -198,7 +159,7 @@ class Engine(Protocol):
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
-        """`samples` rollouts of each prompt, ordered by prompt, then by sample."""
+        """Sample `samples` rollouts of each prompt, ordered by prompt, then by sample."""
         ...
 
     def update_weights(
@@ -210,14 +171,14 @@ class Engine(Protocol):
     def probe_logprobs(
         self, sequences: Sequence[Sequence[int]], replica: int = 0
     ) -> list[list[float]]:
-        """log p(ids[i] | ids[:i]) for i >= 1 of each sequence, by the weights that sample now.
+        """Score log p(ids[i] | ids[:i]), i >= 1, of each sequence by the weights that sample now.
 
         The last one is computed as sampling does, from cached keys and values where there are any.
         """
         ...
 
     def refuse_weights(self, reason: str) -> None:
-        """The weights turned out wrong: sample from them no more, and start anew with the next."""
+        """Drop weights that turned out wrong: no more samples until the next `update_weights`."""
         ...
 
     def sleep(self) -> None:
@@ -234,6 +195,6 @@ class Engine(Protocol):
 
 
 def step_seed(seed: int, step: int | str) -> int:
-    """Seed of a step's sampling, or of what else is sampled by its name; 0 <= seed < 2^63."""
+    """Return the seed of a step's sampling, or of a named one's; 0 <= seed < 2^63."""
     digest = hashlib.blake2b(f"{seed}/{step}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,12 +1,12 @@
 """New weights into the engines, all or nothing, and proven before they are sampled from (R5).
 
 The student lies in pieces on all ranks; each data-parallel leader has an engine. All ranks walk the
-HF tensors in lockstep (`hf_io.export_weights`): each layer is put together where all ranks see it,
-and dropped; leaders feed theirs to their engine meanwhile. So no rank ever holds the whole model.
-Where all ranks and engines are on one machine's CPU, that is memory which the engines read too
-(`shared_gather`); elsewhere each tensor is handed to every rank by collectives.
+HF tensors in lockstep (`weights.export_weights`): each layer is put together where all ranks see
+it, and dropped; leaders feed it to their engines meanwhile. So no rank ever holds the whole model.
+Where all ranks and engines are on one machine's CPU, a layer is built in memory that the engines
+read too (`weights/gather`); elsewhere collectives hand each tensor to every rank.
 
-What each step sees:
+What each check sees:
 
     finite check     NaN or Inf in a parameter, before anything is sent; the engine stays as it was.
                      Again as converted to the engine's type, layer by layer, before it is sent
@@ -16,7 +16,7 @@ What each step sees:
     probe            anything else: the engine's log-probs of given sequences against the trainer's
                      own (transposed, swapped or stale weights, a stale head, a stale cache)
 
-Whatever fails on one rank is told to all, so that none waits for one that gave up. A failed engine
+A failure on one rank is raised on all, so that none waits for one that gave up. A failed engine
 is ended, and the next attempt, in which all ranks take part, starts it again.
 
 Collectives: the export's; per phase one gather of a short message from each rank.
@@ -26,7 +26,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 
@@ -36,17 +35,11 @@ from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.hf.mapping import LayerSpec
 from megatron_vopd.megatron.groups import Groups
 from megatron_vopd.megatron.weights import export_weights
-from megatron_vopd.rollout.engine import Engine, Progress, PushReport, Sampling
-from megatron_vopd.rollout.validate import check_rollouts
+from megatron_vopd.rollout.engine import Engine, PushReport
 from megatron_vopd.rollout.weights.gather import SharedGather, machine_id
 from megatron_vopd.rollout.weights.send import WeightSource, is_finite
-from megatron_vopd.types import Prompt, Rollout
 
 ScoreFn = Callable[[Sequence[Sequence[int]]], list[list[float]]]
-
-
-class WeightSyncError(EngineError):
-    """No engine may be sampled from: what failed, on which rank; raised on every rank."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +64,7 @@ class Probe:
             raise ValueError("probe: expected at least one sequence, of at least two ids each")
 
     def limit(self, logprobs: Sequence[Sequence[float]]) -> float:
-        """The largest gap to these log-probs of the trainer, nats."""
+        """Return the largest gap allowed to these log-probs of the trainer, nats."""
         largest = max(abs(logprob) for row in logprobs for logprob in row)
         return self.tolerance + self.relative * largest
 
@@ -83,16 +76,10 @@ def make_probe(
     tolerance: float = 1e-4,
     relative: float = 0.0,
 ) -> Probe:
-    """Sequences of random ids, the same in every process: every layer and the head see them."""
+    """Make a probe of random ids, the same in every process."""
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, vocab_size, (num_sequences, length), generator=generator).tolist()
     return Probe(tuple(map(tuple, ids)), tolerance, relative)
-
-
-def is_leader(groups: Groups) -> bool:
-    """Whether this rank is its replica's data-parallel leader: the one that may have an engine."""
-    at = groups.coordinates
-    return at.tp == at.pp == at.cp == 0
 
 
 def push(
@@ -122,7 +109,7 @@ def push(
         On every rank the report of the slowest engine, its probe gap the largest of all.
 
     Raises:
-        WeightSyncError: on every rank. No engine holds weights that were found wrong.
+        EngineError: on every rank. No engine holds weights that were found wrong.
     """
     _require_finite(student)
     gather = _shared_gather(student, engine)
@@ -139,23 +126,23 @@ def push(
     finally:
         if gather is not None:
             gather.close()
-    raise WeightSyncError(
+    raise EngineError(
         f"push of policy version {policy_version} failed {attempts} times; last: "
         + "; ".join(failures)
     )
 
 
 def _require_finite(student: torch.nn.Module) -> None:
-    """Each rank checks its own shards; all raise if one finds a fault."""
+    """Check this rank's own shards; raise on all ranks if any rank finds a fault."""
     bad = [name for name, shard in student.named_parameters() if not is_finite(shard)]
     found = f"{bad[0]} and {len(bad) - 1} more parameters are not finite" if bad else ""
     _, failures = gather_outcomes(None, found)
     if failures:
-        raise WeightSyncError(f"push: {'; '.join(failures)}; the engines keep their weights")
+        raise EngineError(f"push: {'; '.join(failures)}; the engines keep their weights")
 
 
 def _shared_gather(student: torch.nn.Module, engine: Engine | None) -> SharedGather | None:
-    """Where every rank can write memory that every engine reads."""
+    """Make a gather through shared memory, where every engine reads what every rank writes."""
     on_cpu = all(shard.device.type == "cpu" for shard in student.parameters())
     place = machine_id() if on_cpu else None
     found, _ = gather_outcomes((place, engine is not None, engine and engine.shared_dtype), "")
@@ -218,7 +205,7 @@ def _prove(
 
 
 def largest_gap(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:
-    """Largest difference; NaN where one is NaN."""
+    """Return the largest |found - expected|; NaN where one is NaN."""
     gaps = [
         abs(a - b)
         for ours, theirs in zip(found, expected, strict=True)
@@ -234,45 +221,3 @@ def _slowest(reports: list[PushReport], policy_version: int, attempt: int) -> Pu
         default=PushReport(policy_version, num_bytes=0, seconds=0.0),
     )
     return replace(slowest, attempts=attempt)
-
-
-def sample(
-    engine: Engine | None,
-    prompts: Sequence[Prompt],
-    sampling: Sampling,
-    policy_version: int,
-    vocab_size: int,
-    push_again: Callable[[], Any],
-    max_staleness: int = 0,
-    progress: Progress | None = None,
-    attempts: int = 2,
-) -> list[Rollout]:
-    """This rank's rollouts, checked; sampled again where an engine failed. Called by all ranks.
-
-    A response's seed depends on the step, its prompt and its number alone, so the second attempt
-    gives what the first would have given.
-
-    Args:
-        prompts: of this rank's engine; without an engine they are not used.
-        push_again: pushes the current weights; called on all ranks after a failure.
-
-    Raises:
-        WeightSyncError: on every rank.
-    """
-    failures: list[str] = []
-    for attempt in range(attempts):
-        if attempt:
-            push_again()
-        rollouts, failure = [], ""
-        if engine is not None:
-            try:
-                rollouts = engine.generate(prompts, sampling, progress)
-                check_rollouts(
-                    rollouts, prompts, sampling, policy_version, max_staleness, vocab_size
-                )
-            except (EngineError, UserError) as error:
-                failure = str(error)
-        _, failures = gather_outcomes(None, failure)
-        if not failures:
-            return rollouts
-    raise WeightSyncError(f"sampling failed {attempts} times; last: {'; '.join(failures)}")

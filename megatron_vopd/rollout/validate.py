@@ -1,7 +1,8 @@
-"""Every rollout is accounted for before any of it is trained on (R6): what does not fit is refused.
+"""Checks of rollouts before any of them is trained on (R6): what does not fit is refused.
 
-Nothing is repaired here. An engine that returns something else than what was asked for has a fault,
-and the step is sampled again; dropping responses would quietly change the objective.
+An engine that returns something else than what was asked for has a fault, and the step is sampled
+again. No rollout is repaired or dropped: that would quietly change the objective. Responses that
+were swapped between prompts fit every check; `mismatch/kl` shows them.
 """
 
 from __future__ import annotations
@@ -9,7 +10,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 from megatron_vopd.errors import EngineError
 from megatron_vopd.rollout.engine import Sampling
@@ -20,21 +20,6 @@ MAX_SHOWN = 4
 ROUNDING_NATS = 1e-4
 
 
-class AccountingError(EngineError):
-    """Rollouts that are not what was asked for; the message counts each kind of fault."""
-
-
-@dataclass(frozen=True)
-class Accounting:
-    """Counts of rollouts that passed."""
-
-    num_rollouts: int
-    num_tokens: int
-    num_one_token: int
-    num_truncated: int
-    max_staleness: int
-
-
 def check_rollouts(
     rollouts: Sequence[Rollout],
     prompts: Sequence[Prompt],
@@ -42,15 +27,15 @@ def check_rollouts(
     policy_version: int,
     max_staleness: int,
     vocab_size: int,
-) -> Accounting:
-    """Check that `rollouts` are exactly what `generate(prompts, sampling)` owes, in its order.
+) -> None:
+    """Check that `rollouts` are exactly what `generate(prompts, sampling)` promises, in its order.
 
     Args:
-        policy_version: of the trainer's weights.
+        policy_version: version of the trainer's weights.
         max_staleness: versions that a rollout may lag behind it.
 
     Raises:
-        AccountingError: anything missing, surplus, twice, out of order, empty, too long, cut short
+        EngineError: anything missing, surplus, twice, out of order, empty, too long, cut short
             without a reason, without finite log-probs, from unknown ids or from old weights.
     """
     faults = list(_place_faults(rollouts, prompts, sampling.samples))
@@ -65,23 +50,18 @@ def check_rollouts(
         counts = Counter(kind for kind, _ in faults)
         shown = "; ".join(f"{kind} ({seen})" for kind, seen in faults[:MAX_SHOWN])
         tally = ", ".join(f"{number} {kind}" for kind, number in counts.items())
-        raise AccountingError(
+        raise EngineError(
             f"rollouts refused at policy version {policy_version}: {tally}; for example {shown}"
         )
-    lengths = [len(rollout.response_ids) for rollout in rollouts]
-    return Accounting(
-        num_rollouts=len(rollouts),
-        num_tokens=sum(lengths),
-        num_one_token=lengths.count(1),
-        num_truncated=sum(rollout.finish_reason == "length" for rollout in rollouts),
-        max_staleness=max((policy_version - r.policy_version for r in rollouts), default=0),
-    )
 
 
 def _place_faults(
     rollouts: Sequence[Rollout], prompts: Sequence[Prompt], samples: int
 ) -> Iterator[tuple[str, str]]:
-    """Each (prompt, sample) once and in order; a prompt that occurs twice is asked for twice."""
+    """Find every (prompt, sample) that does not come once and in its place.
+
+    A prompt that occurs twice was asked for twice.
+    """
     expected = [(prompt, sample) for prompt in prompts for sample in range(samples)]
     found = [(rollout.prompt, rollout.sample) for rollout in rollouts]
     if found == expected:
@@ -126,31 +106,3 @@ def _response_faults(
             yield "log-prob not finite", f"{wrong[0]}"
         elif max(logprobs) > ROUNDING_NATS:
             yield "log-prob above 0", f"{max(logprobs):g}"
-
-
-def require_agreement(
-    rollouts: Sequence[Rollout],
-    student_logprobs: Sequence[Sequence[float]],
-    max_mean_gap: float,
-) -> float:
-    """Largest mean |engine - trainer| log-prob of a response; refused above `max_mean_gap` nats.
-
-    This sees what no count can: a response that was sampled from another prompt, or from other
-    weights than it says. With staleness or a biased sampling the two differ by right: leave it out.
-
-    Args:
-        student_logprobs: the trainer's log-probs of each response, at the rollouts' version.
-    """
-    worst, where = 0.0, ""
-    for rollout, scored in zip(rollouts, student_logprobs, strict=True):
-        sampled = rollout.rollout_logprobs or ()
-        pairs = zip(sampled, scored, strict=True)
-        gap = sum(abs(a - b) for a, b in pairs) / max(len(sampled), 1)
-        if not gap <= worst:
-            worst, where = gap, f"prompt {rollout.prompt.prompt_id} sample {rollout.sample}"
-    if not worst <= max_mean_gap:
-        raise AccountingError(
-            f"engine and trainer differ by {worst:.3g} nats per token on {where} (limit "
-            f"{max_mean_gap:g}): the response was not sampled from these weights and this prompt"
-        )
-    return worst

@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vopd.checkpoint.chunks import CheckpointError
 from megatron_vopd.checkpoint.optimizer import (
     fill_optimizer,
     num_updates,
@@ -41,6 +40,7 @@ from megatron_vopd.checkpoint.sharded import (
 )
 from megatron_vopd.checkpoint.staging import begin_staging, publish_staging
 from megatron_vopd.collectives import all_ranks, from_all_ranks, rank_0
+from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.files.atomic_folder import Staging, read_manifest
 from megatron_vopd.hf.tensors import dtype_name
 from megatron_vopd.hf.writer import text_files
@@ -201,7 +201,7 @@ class RunCheckpoints:
     def _checked_state(self, folder: Path) -> dict[str, Any]:
         state = read_state(folder)
         if state.get("kind") != KIND:
-            raise CheckpointError(
+            raise FileError(
                 f"{folder}: not a checkpoint of a training run; give a step_N folder of a run's "
                 "checkpoints"
             )
@@ -229,5 +229,5 @@ class RunCheckpoints:
 def _manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if manifest is None:
-        raise CheckpointError(f"{folder}: has no manifest.json; the checkpoint is not complete")
+        raise FileError(f"{folder}: has no manifest.json; the checkpoint is not complete")
     return manifest

@@ -22,10 +22,10 @@ from pathlib import Path
 
 from megatron_vopd.errors import UserError, shown
 from megatron_vopd.files.atomic_file import (
-    PublishError,
+    FileError,
     naming,
     regular_size,
-    replace_text,
+    replace,
     sync_folder,
 )
 from megatron_vopd.files.atomic_folder import (
@@ -34,6 +34,7 @@ from megatron_vopd.files.atomic_folder import (
     verify_manifest,
     verify_sizes,
 )
+from megatron_vopd.files.metrics_file import METRICS_NAME
 
 KIND = "training run"
 LATEST_NAME, STATUS_NAME, BEST_NAME = "latest", "status.json", "best.json"
@@ -115,22 +116,22 @@ def verify_checkpoint(folder: Path) -> int:
     """The step of a run's checkpoint in which every byte is what was written.
 
     Raises:
-        PublishError: naming the file that is not.
+        FileError: naming the file that is not.
     """
     if folder.is_symlink() or not folder.is_dir():
-        raise PublishError(f"{folder}: not a folder; give a step_N folder of a run's checkpoints")
+        raise FileError(f"{folder}: not a folder; give a step_N folder of a run's checkpoints")
     try:
         manifest = verify_manifest(folder)
     except OSError as error:
-        raise PublishError(f"{error.filename or folder}: {error.strerror}") from error
+        raise FileError(f"{error.filename or folder}: {error.strerror}") from error
     if manifest is None:
-        raise PublishError(
+        raise FileError(
             f"{folder}: has no manifest.json, so it is no checkpoint, or not a complete one; give "
             "a step_N folder of a run's checkpoints"
         )
     step = manifest.get("step")
     if manifest.get("kind") != KIND or type(step) is not int or step < 0:
-        raise PublishError(f"{folder}: not a checkpoint of a training run; give a step_N folder")
+        raise FileError(f"{folder}: not a checkpoint of a training run; give a step_N folder")
     return step
 
 
@@ -143,7 +144,7 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
             if verify_checkpoint(folder) == step:
                 return folder, refused
             refused.append(f"{folder}: {MANIFEST_NAME} says another step; rename the folder back")
-        except PublishError as error:
+        except FileError as error:
             refused.append(str(error))
     return None, refused
 
@@ -167,8 +168,8 @@ def write_latest(run_dir: Path, step: int) -> None:
     """Replace the hint; whatever was in its place, unless that is a folder, is gone."""
     path = checkpoints_dir(run_dir) / LATEST_NAME
     if path.is_dir() and not path.is_symlink():
-        raise PublishError(f"{path}: is a folder, expected a file; remove it")
-    replace_text(path, f"step_{step}\n")
+        raise FileError(f"{path}: is a folder, expected a file; remove it")
+    replace(path, f"step_{step}\n")
 
 
 def make_room(run_dir: Path, step: int) -> tuple[bool, list[str]]:
@@ -178,7 +179,7 @@ def make_room(run_dir: Path, step: int) -> tuple[bool, list[str]]:
         return False, []
     try:
         verify_checkpoint(folder)
-    except PublishError as error:
+    except FileError as error:
         aside = folder.with_name(f"{folder.name}.damaged-{secrets.token_hex(4)}")
         os.rename(folder, aside)
         sync_folder(folder.parent)
@@ -214,7 +215,7 @@ def remove_old(run_dir: Path, newest: int, keep: int, also: Collection[int] = ()
 def _looks_whole(folder: Path) -> bool:
     try:
         return verify_sizes(folder) is not None
-    except (PublishError, OSError):
+    except (FileError, OSError):
         return False
 
 
@@ -224,7 +225,8 @@ def remove_stale(run_dir: Path) -> None:
     if not folder.is_dir():
         return
     remove_leftovers(folder / "step_*")
-    beside = [path for name in (STATUS_NAME, BEST_NAME) for path in run_dir.glob(f"{name}.tmp-*")]
+    names = (STATUS_NAME, BEST_NAME, METRICS_NAME)
+    beside = [path for name in names for path in run_dir.glob(f"{name}.tmp-*")]
     for path in [*folder.glob(f"{LATEST_NAME}.tmp-*"), *beside]:
         if regular_size(path) is not None:
             path.unlink()

@@ -1,14 +1,35 @@
-"""From a configuration to the objective and the settings of a step. Below, nothing reads config."""
+"""Sections of the configuration -> what the packages below are made of; they read no section."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from megatron_vopd.config import Config
-from megatron_vopd.config.method import ObjectiveSection
+from megatron_vopd.config.method import CurriculumSection, ObjectiveSection
+from megatron_vopd.config.schema import Config, EvaluationSection
+from megatron_vopd.curriculum import Curriculum, EntropyGatedLength, FixedLength, LinearLength
 from megatron_vopd.objectives import Objective, ObjectiveSettings
+from megatron_vopd.rollout.engine import Sampling, step_seed
+from megatron_vopd.trainer.collector import RolloutCollector
+from megatron_vopd.trainer.evaluation import Evaluator
 from megatron_vopd.trainer.settings import StepSettings
+from megatron_vopd.types import Prompt
+
+
+def build_curriculum(section: CurriculumSection) -> Curriculum:
+    """The curriculum that the configuration asks for."""
+    if section.kind == "fixed":
+        return FixedLength(section.ladder)
+    if section.kind == "linear":
+        return LinearLength(section.ladder, section.interval)
+    return EntropyGatedLength(
+        section.ladder,
+        section.min_entropy,
+        section.min_entropy_fraction,
+        section.interval,
+        section.ema,
+    )
 
 
 def objective_of(section: ObjectiveSection, temperature: float) -> Objective:
@@ -49,3 +70,31 @@ def step_settings(
         seed=config.run.seed,
         replay_dir=replay_dir,
     )
+
+
+def evaluator_of(
+    section: EvaluationSection,
+    problems: Mapping[str, Sequence[Prompt]],
+    collector: RolloutCollector,
+    stop_ids: tuple[int, ...],
+    seed: int,
+    num_steps: int,
+) -> Evaluator:
+    """Make the evaluator that a configuration asks for.
+
+    Args:
+        problems: task -> its problems.
+        collector: with a grader.
+        stop_ids: ids that end a response.
+        seed: of the run.
+        num_steps: of the run.
+    """
+    sampling = Sampling(
+        max_tokens=section.max_tokens,
+        samples=section.samples,
+        temperature=section.temperature,
+        top_p=section.top_p,
+        seed=step_seed(seed, "evaluation"),
+        stop_ids=stop_ids,
+    )
+    return Evaluator(problems, collector, sampling, section.interval, section.k, num_steps)

@@ -19,9 +19,7 @@ from typing import Literal
 
 from megatron_vopd.config import load_config
 from megatron_vopd.errors import UserError
-from megatron_vopd.files.atomic_file import (
-    replace_text,
-)
+from megatron_vopd.files.atomic_file import replace
 from megatron_vopd.run.folder import BEST_NAME, MAX_STATUS_BYTES, STATUS_NAME, hf_dir, step_dir
 
 DONE, CRASHED, PREEMPTED, FINAL = 0, 1, 75, 93
@@ -89,7 +87,7 @@ class Status:
 
 def write_status(run_dir: Path, status: Status) -> None:
     """What the launch script reads after the ranks have ended."""
-    replace_text(run_dir / STATUS_NAME, json.dumps(asdict(status)) + "\n")
+    replace(run_dir / STATUS_NAME, json.dumps(asdict(status)) + "\n")
 
 
 def write_best(run_dir: Path, metric: str, value: float, step: int) -> None:
@@ -100,4 +98,4 @@ def write_best(run_dir: Path, metric: str, value: float, step: int) -> None:
         for key, folder in folders.items()
     }
     best = {"metric": metric, "value": value, "step": step, **found}
-    replace_text(run_dir / BEST_NAME, json.dumps(best) + "\n")
+    replace(run_dir / BEST_NAME, json.dumps(best) + "\n")

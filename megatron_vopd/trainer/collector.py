@@ -230,8 +230,7 @@ class RolloutCollector:
 
     def _own_prompts(self, request: Request) -> list[Prompt]:
         at = self._groups.coordinates
-        is_leader = (at.tp, at.cp, at.pp) == (0, 0, 0)
-        return request.prompts[at.dp :: self._groups.layout.dp] if is_leader else []
+        return request.prompts[at.dp :: self._groups.layout.dp] if at.is_leader else []
 
     def _own(
         self,

@@ -19,6 +19,7 @@ from megatron_vopd.ops.native import Kernels
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 EXPORTS = """
+using namespace megatron_vopd;
 using namespace megatron_vopd::cuda;
 extern "C" void emulated_stats(const Logits& a, const LocalStats& b, int64_t n) {
     local_stats(a, b, n, nullptr);
@@ -26,10 +27,8 @@ extern "C" void emulated_stats(const Logits& a, const LocalStats& b, int64_t n) 
 extern "C" void emulated_merge(const double* p, int64_t r, int64_t n, double floor, double* out) {
     merge_stats(p, r, n, floor, out, nullptr);
 }
-extern "C" void emulated_topk(const float* s, const float* t, const int64_t* l, int64_t r,
-                              int64_t n, int64_t size, int64_t k, float* os, float* ot,
-                              int64_t* taken) {
-    merge_topk(s, t, l, r, n, size, k, os, ot, taken, nullptr);
+extern "C" void emulated_topk(const TopkLists& lists, const MergedTopk& merged) {
+    merge_topk(lists, merged, nullptr);
 }
 extern "C" void emulated_gradient(const Logits& a, const GradientInputs& b, void* out,
                                   int64_t stride, int64_t width, int64_t n) {
@@ -52,7 +51,7 @@ def translated(text: str) -> str:
 
 def build(folder: Path) -> ctypes.CDLL:
     """Compiles the emulated kernels into `folder`."""
-    for source in (*CSRC.glob("cuda/*"), CSRC / "distill_stats.h"):
+    for source in (*CSRC.glob("cuda/*"), *CSRC.glob("*.h")):
         target = folder / source.relative_to(CSRC)
         target.parent.mkdir(exist_ok=True)
         target.write_text(translated(source.read_text()))
@@ -80,6 +79,11 @@ LOGITS = _struct(
     ("dtype", ctypes.c_int),
 )
 OUTPUTS = _struct(*((name, POINTER) for name in ("packed", "x", "y", "ids")), ("topk", LONG))
+LISTS = _struct(
+    *((name, POINTER) for name in ("student", "teacher", "lengths")),
+    *((name, LONG) for name in ("num_ranks", "num_tokens", "list_size")),
+)
+MERGED = _struct(*((name, POINTER) for name in ("student", "teacher", "taken")), ("topk", LONG))
 INPUTS = _struct(*((n, POINTER) for n in ("final", "c", "ids", "taken", "s")), ("topk", LONG))
 
 
@@ -119,10 +123,10 @@ def kernels(library: ctypes.CDLL) -> Kernels:
         ranks, tokens, size = student.shape
         out = torch.empty(2, tokens, topk)
         taken = torch.empty(tokens, ranks, dtype=torch.int64)
-        pointers = (_pointer(student.contiguous()), _pointer(teacher.contiguous()))
-        sizes = [LONG(value) for value in (ranks, tokens, size, topk)]
-        outputs = (_pointer(out[0]), _pointer(out[1]), _pointer(taken))
-        library.emulated_topk(*pointers, _pointer(lengths), *sizes, *outputs)
+        inputs = student.contiguous(), teacher.contiguous(), lengths
+        lists = LISTS(*(tensor.data_ptr() for tensor in inputs), ranks, tokens, size)
+        merged = MERGED(out[0].data_ptr(), out[1].data_ptr(), taken.data_ptr(), topk)
+        library.emulated_topk(ctypes.byref(lists), ctypes.byref(merged))
         return out[0], out[1], taken
 
     def gradient_into(out, x, y, labels, final, c, num_valid, tau, ids=None, taken=None, s=None):

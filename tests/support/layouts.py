@@ -52,6 +52,13 @@ def enter(case: Case) -> Groups:
     return student_groups(case.layout)
 
 
+def destroy_groups() -> None:
+    """Forget megatron-core's parallel state, so that another layout may be initialised."""
+    from megatron.core import parallel_state
+
+    parallel_state.destroy_model_parallel()
+
+
 def build(
     model_dir: str,
     case: Case,

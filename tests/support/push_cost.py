@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from megatron_vopd.rollout.push import is_leader, push
+from megatron_vopd.rollout.push import push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.types import Layout
 from tests.support.engines import settings
@@ -109,7 +109,7 @@ def _measure(folder: str, log_path: str, tp: int, repeats: int) -> list[dict[str
         for parameter in student.parameters():
             parameter.uniform_(-0.02, 0.02)
     engine = None
-    if is_leader(groups):
+    if groups.is_leader:
         changes = {"dtype": "bfloat16", "push_seconds": 300.0, "start_seconds": 600.0}
         engine = LocalEngine(settings(folder, log_path, block_size=128, **changes))
         engine.start()

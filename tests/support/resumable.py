@@ -15,13 +15,14 @@ from megatron_vopd.checkpoint.random_states import random_bytes
 from megatron_vopd.collectives import StopFlag
 from megatron_vopd.curriculum import EntropyGatedLength
 from megatron_vopd.data.stream import PromptStream
-from megatron_vopd.megatron.groups import Groups, destroy_groups, student_groups
+from megatron_vopd.megatron.groups import Groups, student_groups
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.megatron.weights import export_tensors
 from megatron_vopd.run.checkpoints import RunCheckpoints
 from megatron_vopd.trainer.collector import RolloutCollector
 from megatron_vopd.trainer.trainer import Trainer
 from megatron_vopd.types import Prompt
+from tests.support.layouts import destroy_groups
 from tests.support.scripted import ScriptedEngine
 from tests.support.settings import step_settings
 from tests.support.steps import Setup, objective
@@ -61,8 +62,7 @@ def make(
     student = setup.student(groups)
     engine = engine or ScriptedEngine(VOCAB)
     engine.update_weights([], 0)
-    at = groups.coordinates
-    own = engine if (at.tp, at.cp, at.pp) == (0, 0, 0) else None
+    own = engine if groups.is_leader else None
     settings = step_settings(
         objective=objective("vopd_full"),
         num_prompts=3,

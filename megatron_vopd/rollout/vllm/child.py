@@ -1,7 +1,7 @@
 """The engine's own process: vLLM's LLM behind a pipe.
 
-`python -m megatron_vopd.rollout.vllm.child fd=N` is started by `vllm_local`, never by hand. It
-reads (command, arguments) from the pipe, answers ("ok", result) or ("error", message), and while it
+`python -m megatron_vopd.rollout.vllm.child fd=N` is started by `local`, never by hand. It reads
+(command, arguments) from the pipe, answers ("ok", result) or ("error", message), and while it
 generates also ("progress", finished). The core of vLLM runs in this process, not in a further one
 that could hang by itself; only tensor-parallel workers are processes of their own.
 """
@@ -19,8 +19,8 @@ from typing import Any
 PROGRESS_SECONDS = 0.2
 
 
-class Host:
-    """Commands by name; see `main`."""
+class Child:
+    """vLLM's LLM and the commands that the trainer gives it, by their names."""
 
     def __init__(self, connection: Connection, settings: dict[str, Any]) -> None:
         from vllm import LLM  # pyright: ignore[reportMissingImports]
@@ -48,15 +48,15 @@ class Host:
         self._llm.update_weights({"update_info": update_info})
 
     def finish(self, weight_version: str | None) -> None:
-        """All parts have come."""
+        """End a push: all parts have come; the weights get their version."""
         self._llm.finish_weight_update(weight_version)
 
     def reset_cache(self) -> bool:
-        """Drop cached keys and values; False: some are in use."""
+        """Drop cached keys and values; return False if some are in use."""
         return bool(self._llm.reset_prefix_cache())
 
     def version(self) -> str:
-        """Of the weights, as told to `finish`."""
+        """Return the version of the weights that `finish` was called with."""
         return self._llm.get_weight_version()
 
     def sleep(self, level: int) -> None:
@@ -64,7 +64,7 @@ class Host:
         self._llm.sleep(level=level)
 
     def wake(self, tags: list[str]) -> None:
-        """Take it again: for weights, kv_cache."""
+        """Take device memory again for what the tags name: weights, kv_cache."""
         self._llm.wake_up(tags=tags)
 
     def shut_down(self) -> None:
@@ -74,7 +74,11 @@ class Host:
     def generate(
         self, prompts: list[list[int]], requests: list[tuple[int, int]], options: dict[str, Any]
     ) -> list[tuple[list[int], list[float], str]]:
-        """Sample; (prompt number, seed) of each request -> (ids, log-probs, finish reason)."""
+        """Sample one response to each request (prompt number, seed).
+
+        Returns:
+            (ids, log-probs, finish reason) of each.
+        """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
         # Exactly the given ids end a response: vLLM adds those of the model's folder otherwise.
@@ -92,10 +96,10 @@ class Host:
         return found
 
     def probe(self, sequences: list[list[int]]) -> list[list[float]]:
-        """See `Engine.probe_logprobs`.
+        """Score sequences, as `Engine.probe_logprobs` says.
 
-        The last id is scored first and by sampling: it reads the cache, where scoring a prompt
-        computes everything anew, and then leaves what it computed in the cache.
+        The last id is scored first and by sampling, which reads the cache. Scoring a whole prompt
+        computes everything again, and leaves in the cache what it computed.
         """
         from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
 
@@ -114,7 +118,7 @@ class Host:
         return found
 
     def _run(self, jobs: list[tuple[list[int], Any]]) -> list[Any]:
-        """vLLM's outputs in the order of the jobs; tells how many have finished meanwhile."""
+        """Run the jobs; return vLLM's outputs in their order, and send progress meanwhile."""
         from vllm.inputs.engine import tokens_input  # pyright: ignore[reportMissingImports]
         from vllm.sampling_params import RequestOutputKind  # pyright: ignore[reportMissingImports]
 
@@ -127,35 +131,35 @@ class Host:
             numbers[request] = numbers[str(self._next_request)] = number
             self._next_request += 1
         outputs: dict[int, Any] = {}
-        told = time.monotonic()
+        reported = time.monotonic()
         while engine.has_unfinished_requests():
             for output in engine.step():
                 if output.finished:
                     outputs[numbers[output.request_id]] = output
-            if time.monotonic() - told > PROGRESS_SECONDS:
-                told = time.monotonic()
+            if time.monotonic() - reported > PROGRESS_SECONDS:
+                reported = time.monotonic()
                 self._connection.send(("progress", len(outputs)))
         return [outputs[number] for number in range(len(jobs))]
 
 
 def serve(connection: Connection) -> None:
     """Answer commands until the pipe closes or `close` comes."""
-    host: Host | None = None
+    child: Child | None = None
     while True:
         try:
             command, arguments = connection.recv()
         except EOFError:
             return
         if command == "close":
-            if host is not None:
-                host.shut_down()
+            if child is not None:
+                child.shut_down()
             return
         try:
             if command == "load":
-                host = Host(connection, *arguments)
+                child = Child(connection, *arguments)
                 answer = ("ok", None)
             else:
-                call: Callable[..., Any] = getattr(host, command)
+                call: Callable[..., Any] = getattr(child, command)
                 answer = ("ok", call(*arguments))
         # The only place that must answer whatever happened: the trainer waits at the other end.
         except Exception as error:
@@ -169,7 +173,7 @@ def main(arguments: list[str]) -> int:
     os.set_inheritable(number, False)
     connection = Connection(number)
     serve(connection)
-    # The rest of vLLM's teardown has nothing to save; the keeper ends what is left.
+    # The rest of vLLM's teardown has nothing to save; the supervisor ends what is left.
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)

@@ -1,7 +1,7 @@
 """Requests to vLLM's HTTP servers: one at a time, or many spread over several servers.
 
-Only the standard library, since the trainer's processes need not have vLLM installed. A connection
-per request: a response takes seconds, a local connection a millisecond.
+Only the standard library: no HTTP client comes with every version of what this package depends on.
+A connection per request: a response takes seconds, a local connection a millisecond.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class RefusedByServerError(EngineError):
-    """The server understood the request and refused it: trying again would not help."""
+    """A server's refusal of a request that it understood: another attempt would not help."""
 
 
 class Server:
-    """One server by its URL, http://host:port."""
+    """One server, by its URL http://host:port."""
 
     def __init__(self, url: str) -> None:
         parts = urlsplit(url)
@@ -42,11 +42,11 @@ class Server:
 
     @property
     def is_local(self) -> bool:
-        """Whether it is reached without leaving this machine."""
+        """Whether its address is this machine's own."""
         return self.host in LOOPBACK
 
     def call(self, method: str, path: str, body: Any = None, seconds: float = 60.0) -> Any:
-        """One request; its JSON answer, None where the answer is empty.
+        """Make one request; return its JSON answer, None where the answer is empty.
 
         Raises:
             RefusedByServerError: status 4xx.
@@ -78,7 +78,7 @@ class Server:
             raise EngineError(f"server {self.url}, {path}: its answer is not JSON") from None
 
     def own_address(self) -> tuple[str, int]:
-        """The address of this process that the server can reach, and a port that is free on it."""
+        """Return the address at which the server can reach this process, and a free port of it."""
         with socket.create_connection((self.host, self.port), timeout=HEALTH_SECONDS) as used:
             address = used.getsockname()[0]
         with socket.socket() as free:
@@ -86,7 +86,7 @@ class Server:
             return address, free.getsockname()[1]
 
     def is_healthy(self) -> bool:
-        """Whether it answers now."""
+        """Return whether it answers now."""
         try:
             self.call("GET", "/health", seconds=HEALTH_SECONDS)
         except EngineError:
@@ -100,14 +100,15 @@ class Server:
                 connection.sock.shutdown(socket.SHUT_RDWR)
 
 
-class Spread:
-    """Jobs over servers: each server takes the next job when it has fewer than `concurrency`.
+class Dispatcher:
+    """A queue of jobs for several servers: a server takes the next when it has a slot free.
 
     A job whose server fails goes back into the queue. A server that has neither answered nor been
     healthy for `stall_seconds` gets no more; when none is left, or time is up, all of it fails.
 
     Args:
-        send: job -> result, on one server; called from several threads.
+        send: (server, job, seconds left) -> result; called from several threads.
+        concurrency: slots of each server, that is jobs under way on it.
     """
 
     def __init__(
@@ -133,7 +134,10 @@ class Spread:
         self._dropped: set[str] = set()
 
     def run(self, jobs: Sequence[Any], on_done: Callable[[int], None]) -> list[Any]:
-        """Results in the order of the jobs.
+        """Return results in the order of the jobs.
+
+        Args:
+            on_done: called with the number of finished jobs, every 0.2 s at least.
 
         Raises:
             EngineError: a refusal, no server left, or out of time.

@@ -21,11 +21,11 @@ from megatron_vopd.rollout.vllm.settings import LocalSettings
 def greedy_texts(
     model_dir: Path, prompts: Sequence[str], context: int, max_tokens: int, log_path: Path
 ) -> list[str]:
-    """The likeliest response to each prompt, from a vLLM of its own on the CPU, in fp32.
+    """Return the likeliest response to each prompt, from a fresh vLLM on the CPU, in fp32.
 
     Args:
         context: longest prompt and response together, in tokens.
-        log_path: what vLLM says; replaced.
+        log_path: file of vLLM's output; replaced.
 
     Raises:
         EngineError: it ended without an answer.

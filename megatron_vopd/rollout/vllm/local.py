@@ -1,11 +1,12 @@
 """vLLM in a child of a data-parallel leader, started from inside torchrun.
 
-Three processes: this one (the trainer), the keeper, and the host with vLLM's core in it; workers of
-a tensor-parallel engine below that. The host gets an environment without torchrun's variables, and
-a pipe. Every answer is waited for with a deadline, and a death is seen at once; either way the
+Three processes: this one (the trainer), the supervisor, and the child with vLLM's core in it;
+workers of a tensor-parallel engine below that. The child gets an environment without torchrun's
+variables, and a pipe. Every answer has a deadline, and a death is seen at once; either way the
 whole session of the engine is ended, and the next `update_weights` starts another.
 
-On the CPU weights travel through shared memory (`transfer`), on a GPU by CUDA IPC (`gpu_transfer`).
+On the CPU weights travel through shared memory (`weights.send`), on a GPU by CUDA IPC
+(`weights.send_gpu`).
 The engine starts with random weights and samples only from what was pushed. Its own log goes to a
 file in the run folder.
 """
@@ -41,13 +42,14 @@ from megatron_vopd.rollout.vllm.supervisor import mapped_shared_memory, reap_ses
 from megatron_vopd.rollout.weights.send import send_weights
 from megatron_vopd.types import Prompt, Rollout
 
+SUPERVISOR_MODULE = "megatron_vopd.rollout.vllm.supervisor"
 LOG_TAIL_BYTES = 20000
 GRACE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class _Client:
-    """vLLM's `VLLMWeightSyncClient` over the pipe."""
+class _PipeClient:
+    """A `WeightClient` whose calls go through the pipe to the child."""
 
     call: Callable[..., Any]
 
@@ -65,10 +67,10 @@ class _Client:
 
 
 class LocalEngine:
-    """An `Engine`; see the module docstring. Nothing is started before the first push."""
+    """An `Engine` of processes of its own, which the first push starts."""
 
     num_replicas = 1
-    host_module = "megatron_vopd.rollout.vllm.child"
+    child_module = "megatron_vopd.rollout.vllm.child"
 
     def __init__(self, settings: LocalSettings) -> None:
         self.settings = settings
@@ -93,12 +95,12 @@ class LocalEngine:
             return
         settings = self.settings
         ours, theirs = Pipe()
-        host = [sys.executable, "-m", self.host_module, f"fd={theirs.fileno()}"]
-        keeper = [sys.executable, "-m", "megatron_vopd.rollout.vllm.supervisor", str(os.getpid())]
+        child = [sys.executable, "-m", self.child_module, f"fd={theirs.fileno()}"]
+        supervisor = [sys.executable, "-m", SUPERVISOR_MODULE, str(os.getpid())]
         Path(settings.log_path).parent.mkdir(parents=True, exist_ok=True)
         with open(settings.log_path, "ab") as log:
             self._process = subprocess.Popen(
-                [*keeper, *host],
+                [*supervisor, *child],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -119,12 +121,12 @@ class LocalEngine:
 
     @property
     def shared_dtype(self) -> torch.dtype | None:
-        """Weights come through shared memory on the CPU."""
+        """The weights' type where they come through shared memory, on the CPU; else None."""
         settings = self.settings
         return getattr(torch, settings.dtype) if settings.device == "cpu" else None
 
     def processes(self) -> list[int]:
-        """Process ids of the keeper, the host and its workers."""
+        """Return the process ids of the supervisor, the child and its workers."""
         return [] if self._process is None else session_pids(self._process.pid)
 
     def _call(
@@ -134,7 +136,7 @@ class LocalEngine:
         seconds: float | None = None,
         on_progress: Callable[[int], None] | None = None,
     ) -> Any:
-        """One command and its answer.
+        """Send one command to the child and return its answer.
 
         Raises:
             EngineError: no answer in time, no process, or a refusal. The engine is ended.
@@ -142,7 +144,7 @@ class LocalEngine:
         if self._connection is None or self._process is None:
             raise EngineError(f"engine, {command}: not running; push weights first")
         if self._process.poll() is not None:
-            self._fail(command, "its keeper is gone, and nobody would end it after the trainer")
+            self._fail(command, "its supervisor is gone, and nobody would end it after the trainer")
         begin = moved = time.monotonic()
         limit = seconds or self.settings.push_seconds
         deadline = begin + limit
@@ -174,7 +176,7 @@ class LocalEngine:
             alarm.cancel()
 
     def _fail(self, command: str, seen: str, is_known: bool = False) -> None:
-        """End the engine, then raise; unless the cause is known, the log may tell it."""
+        """End the engine, then raise, with the log's last error unless the cause is known."""
         last_words = "" if is_known else self._last_error()
         self._end()
         raise EngineError(
@@ -182,7 +184,7 @@ class LocalEngine:
         ) from None
 
     def _last_error(self) -> str:
-        """The last line of the engine's log that looks like a cause."""
+        """Find the last line of the engine's log that looks like a cause."""
         with suppress(OSError), open(self.settings.log_path, "rb") as log:
             log.seek(0, os.SEEK_END)
             log.seek(max(self._log_start, log.tell() - LOG_TAIL_BYTES))
@@ -192,7 +194,7 @@ class LocalEngine:
         return ""
 
     def _end(self) -> None:
-        """End the child and everything below it, whatever state it is in."""
+        """End all processes of the engine, whatever state they are in."""
         self.policy_version = None
         process, self._process = self._process, None
         connection, self._connection = self._connection, None
@@ -209,7 +211,7 @@ class LocalEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
-        """See `Engine.generate`.
+        """Sample, as `Engine.generate` says.
 
         Raises:
             EngineError: it died, hung or refused; its weights are gone.
@@ -253,7 +255,7 @@ class LocalEngine:
         return rollouts
 
     def _usable_version(self, phase: str) -> int:
-        """The policy version that the engine itself reports.
+        """Return the version of the weights that the engine itself reports.
 
         Raises:
             EngineError: no weights, or others than were pushed last.
@@ -268,7 +270,7 @@ class LocalEngine:
     def update_weights(
         self, tensors: Iterable[tuple[str, Tensor]], policy_version: int
     ) -> PushReport:
-        """See `Engine.update_weights`; starts the child if there is none.
+        """Replace all weights, as `Engine.update_weights` says; start the child if there is none.
 
         Raises:
             EngineError: a tensor that does not fit, or a child that died or hung; it is ended.
@@ -292,10 +294,10 @@ class LocalEngine:
     def _send(self, tensors: Iterable[tuple[str, Tensor]], weight_version: str) -> Any:
         dtype = getattr(torch, self.settings.dtype)
         if self.settings.device == "cpu":
-            return send_weights(tensors, _Client(self._call), dtype, weight_version)
+            return send_weights(tensors, _PipeClient(self._call), dtype, weight_version)
         from megatron_vopd.rollout.weights.send_gpu import send_by_ipc
 
-        return send_by_ipc(tensors, _Client(self._call), dtype, weight_version)
+        return send_by_ipc(tensors, _PipeClient(self._call), dtype, weight_version)
 
     def _reset_cache(self) -> None:
         if not self._call("reset_cache"):
@@ -304,7 +306,7 @@ class LocalEngine:
     def probe_logprobs(
         self, sequences: Sequence[Sequence[int]], replica: int = 0
     ) -> list[list[float]]:
-        """See `Engine.probe_logprobs`; sequences of two ids at least."""
+        """Score sequences of two ids at least, as `Engine.probe_logprobs` says."""
         self._usable_version("probe")
         self.wake()
         return self._call("probe", [list(ids) for ids in sequences])
@@ -314,7 +316,7 @@ class LocalEngine:
         self._end()
 
     def sleep(self) -> None:
-        """Weights to host memory, cache dropped; CPU engines stay awake."""
+        """Move weights to host memory and drop the cache; an engine on the CPU stays awake."""
         if self.settings.device != "cpu" and self._process is not None and not self._asleep:
             self._call("sleep", 1)
             self._asleep = ["weights", "kv_cache"]
@@ -340,12 +342,15 @@ class LocalEngine:
 
 
 class FrozenEngine(LocalEngine):
-    """`LocalEngine` under settings with `reads_weights`; started by its first `generate`."""
+    """A `LocalEngine` with the weights of its folder, for settings with `reads_weights`.
+
+    The first `generate` starts it.
+    """
 
     policy_version: int | None
 
     def _usable_version(self, phase: str) -> int:
-        """vLLM read the weights when it started; there is one version of them."""
+        """Start the child, which reads its weights; there is one version of them."""
         self.start()
         version = 0
         self.policy_version = version

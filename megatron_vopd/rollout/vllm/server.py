@@ -1,4 +1,4 @@
-"""vLLM servers by URL: responses spread over them, weights through vLLM's routes for RL.
+"""vLLM servers by URL: requests spread over them, weights through vLLM's routes for RL.
 
 The servers are started by somebody else (see examples/servers) with VLLM_SERVER_DEV_MODE=1, a
 weight-transfer back end and --enable-scale-out. Token ids go in and come out by
@@ -9,7 +9,7 @@ Whoever reaches such a port can replace the model, and `--api-key` does not guar
 other hosts than this one are refused unless the caller says that the network is closed.
 
 On the CPU weights pass through shared memory, hence servers on the trainer's machine; on GPUs by
-NCCL (`gpu_transfer`, unverified).
+NCCL (`weights.send_gpu`, unverified).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from megatron_vopd.rollout.engine import (
     generation_report,
     response_seed,
 )
-from megatron_vopd.rollout.vllm.client import RefusedByServerError, Server, Spread
+from megatron_vopd.rollout.vllm.client import Dispatcher, RefusedByServerError, Server
 from megatron_vopd.rollout.weights.send import Sent, expected_weights, send_weights
 from megatron_vopd.types import Prompt, Rollout
 
@@ -44,7 +44,7 @@ CLAMPED_LOGPROB = -9999.0  # what vLLM's JSON has in place of NaN and -inf
 
 @dataclass(frozen=True)
 class ServerSettings:
-    """Which servers, and how long to wait for them.
+    """The servers, and how long to wait for them.
 
     Attributes:
         urls: servers to sample from.
@@ -74,15 +74,15 @@ class ServerSettings:
     start_seconds: float = 600.0
 
 
-class _Fan:
-    """vLLM's `VLLMWeightSyncClient` to several servers at once."""
+class AllServersClient:
+    """A `WeightClient` whose calls go to several servers at once."""
 
     def __init__(self, servers: Sequence[Server], seconds: float) -> None:
         self._servers = servers
         self._seconds = seconds
 
     def post(self, path: str, body: Any = None) -> None:
-        """The same to all; returns when all have answered, then raises the first failure."""
+        """POST to every server, wait for all answers, then raise the first failure."""
         self._post_each(path, [body] * len(self._servers))
 
     def _post_each(self, path: str, bodies: Sequence[Any]) -> None:
@@ -96,12 +96,12 @@ class _Fan:
                 done.result()
 
     def world_sizes(self) -> list[int]:
-        """Workers of each server."""
+        """Ask each server for the number of its workers."""
         answers = [s.call("GET", "/get_world_size", seconds=self._seconds) for s in self._servers]
         return [answer["world_size"] for answer in answers]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Workers of all servers are ranks of one communicator, one server after another."""
+        """Join the workers of all servers to one communicator, ranks server after server."""
         sizes = self.world_sizes()
         infos = [
             init_info | {"rank_offset": init_info["rank_offset"] + sum(sizes[:number])}
@@ -120,7 +120,7 @@ class _Fan:
 
 
 class ServerEngine:
-    """An `Engine` over servers that it did not start; see the module docstring."""
+    """An `Engine` that consists of servers, which somebody else starts and stops."""
 
     def __init__(self, settings: ServerSettings) -> None:
         if not settings.urls:
@@ -144,12 +144,12 @@ class ServerEngine:
 
     @property
     def num_replicas(self) -> int:
-        """Every server has weights of its own."""
+        """Servers, each of which has weights of its own."""
         return len(self._servers)
 
     @property
     def shared_dtype(self) -> torch.dtype | None:
-        """Weights come through shared memory to servers on this machine's CPU."""
+        """The weights' type where they come through shared memory; else None."""
         settings = self.settings
         return getattr(torch, settings.dtype) if settings.transport == "shm" else None
 
@@ -181,7 +181,7 @@ class ServerEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
-        """See `Engine.generate`.
+        """Sample, as `Engine.generate` says.
 
         Raises:
             EngineError: no server is left, out of time, or other weights than pushed.
@@ -203,7 +203,7 @@ class ServerEngine:
             answer = server.call("POST", GENERATE, _body(prompt.ids, options), seconds)
             return _rollout(server, answer["choices"][0], prompt, sample, version)
 
-        spread = Spread(
+        dispatcher = Dispatcher(
             self._servers,
             send,
             self.settings.concurrency,
@@ -211,14 +211,18 @@ class ServerEngine:
             self.settings.stall_seconds,
         )
         total = len(jobs)
-        rollouts = spread.run(jobs, lambda done: progress(done, total) if progress else None)
+        rollouts = dispatcher.run(jobs, lambda done: progress(done, total) if progress else None)
         if progress is not None:
             progress(total, total)
         self.generation = generation_report(rollouts, time.monotonic() - begin)
         return rollouts
 
     def _version_of_servers(self, phase: str) -> int:
-        """The version that all servers report: the one pushed, by this leader or another."""
+        """Return the version that all servers report.
+
+        Raises:
+            EngineError: they differ, or it is not what this leader or another one pushed.
+        """
         found = {
             server.url: server.call("GET", "/weight_info", seconds=self.settings.push_seconds)
             for server in self._servers
@@ -236,7 +240,9 @@ class ServerEngine:
     def update_weights(
         self, tensors: Iterable[tuple[str, Tensor]], policy_version: int
     ) -> PushReport:
-        """See `Engine.update_weights`. After a failure the servers stay paused until a good push.
+        """Replace all weights, as `Engine.update_weights` says.
+
+        After a failure the servers stay paused until a push succeeds.
 
         Raises:
             EngineError: a server refused or is gone; if it holds broken weights, the next push
@@ -249,37 +255,39 @@ class ServerEngine:
         if not self._push_servers:
             self._follow(tensors, policy_version)
             return PushReport(policy_version, 0, time.monotonic() - begin)
-        fan = _Fan(self._push_servers, self.settings.push_seconds)
-        fan.post("/pause?mode=wait")
+        client = AllServersClient(self._push_servers, self.settings.push_seconds)
+        client.post("/pause?mode=wait")
         try:
-            sent = self._send(tensors, fan, str(policy_version))
+            sent = self._send(tensors, client, str(policy_version))
         except BaseException:
-            self._abort(fan)
+            self._abort(client)
             raise
-        fan.post("/reset_prefix_cache")
-        fan.post("/resume")
+        client.post("/reset_prefix_cache")
+        client.post("/resume")
         self.policy_version = policy_version
         self._version_of_servers("push")
         seconds = time.monotonic() - begin
         return PushReport(policy_version, sent.num_bytes, seconds, sent.num_tensors)
 
-    def _send(self, tensors: Iterable[tuple[str, Tensor]], fan: _Fan, version: str) -> Sent:
+    def _send(
+        self, tensors: Iterable[tuple[str, Tensor]], client: AllServersClient, version: str
+    ) -> Sent:
         dtype = getattr(torch, self.settings.dtype)
         if self.settings.transport == "shm":
-            return send_weights(tensors, fan, dtype, version)
+            return send_weights(tensors, client, dtype, version)
         from megatron_vopd.hf.folder import read_facts
         from megatron_vopd.rollout.weights.send_gpu import NcclSender
 
         if self._nccl is None:
             address, port = self._push_servers[0].own_address()
-            self._nccl = NcclSender(fan, address, port, sum(fan.world_sizes()))
+            self._nccl = NcclSender(client, address, port, sum(client.world_sizes()))
         facts, _ = read_facts(f"{self.settings.model_dir}/config.json")
         sent = self._nccl.send(tensors, expected_weights(facts), dtype)
-        fan.post("/update_weight_version", {"new_version": version})
+        client.post("/update_weight_version", {"new_version": version})
         return sent
 
     def _follow(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
-        """Another leader pushes to these servers: wait until they have its weights."""
+        """Wait until these servers have the weights that another leader pushes to them."""
         for _ in tensors:
             pass
         deadline = time.monotonic() + self.settings.push_seconds
@@ -294,19 +302,19 @@ class ServerEngine:
             self.policy_version = policy_version
             time.sleep(0.1)
 
-    def _abort(self, fan: _Fan) -> None:
-        """Leave an unfinished update: vLLM ends one only when a part of it fails."""
+    def _abort(self, client: AllServersClient) -> None:
+        """End an unfinished update, by a part that fails: vLLM knows no other way."""
         with suppress(EngineError):
-            fan.update_weights({})
+            client.update_weights({})
 
     def probe_logprobs(
         self, sequences: Sequence[Sequence[int]], replica: int = 0
     ) -> list[list[float]]:
-        """See `Engine.probe_logprobs`; `replica` is the number of a server."""
+        """Score sequences by server number `replica`, as `Engine.probe_logprobs` says."""
         server = self._servers[replica]
         found = []
         for ids in sequences:
-            # First the last id, by sampling, which reads the cache; see engine_host.
+            # First the last id, by sampling, which reads the cache; see `child.Child.probe`.
             # The answer leaves out the last of the requested ids, so the id is requested twice.
             wanted = {"logprobs": 2, "logprob_token_ids": [ids[-1]] * 2, "max_tokens": 1}
             last = self._ask(server, ids[:-1], wanted)
@@ -323,17 +331,17 @@ class ServerEngine:
         return server.call("POST", GENERATE, body, self.settings.push_seconds)
 
     def refuse_weights(self, reason: str) -> None:
-        """No more samples until the next push."""
+        """Sample no more until the next push."""
         self.policy_version = None
 
     def sleep(self) -> None:
-        """Servers have devices of their own: nothing to give back."""
+        """Do nothing: servers have devices of their own."""
 
     def wake(self) -> None:
-        """Nothing to undo."""
+        """Do nothing: `sleep` did nothing."""
 
     def close(self) -> None:
-        """The servers go on; only a communicator is left."""
+        """Leave the communicator, if there is one; the servers keep running."""
         if self._nccl is not None:
             self._nccl.close()
             self._nccl = None
@@ -369,8 +377,10 @@ def _unclamped(value: float) -> float:
     return math.nan if value <= CLAMPED_LOGPROB else value
 
 
-def shares(urls: Sequence[str], leader: int, num_leaders: int) -> tuple[tuple[str, ...], ...]:
-    """How `num_leaders` data-parallel leaders share servers: (urls, push_urls) of one of them.
+def servers_of_leader(
+    urls: Sequence[str], leader: int, num_leaders: int
+) -> tuple[tuple[str, ...], ...]:
+    """Return (urls, push_urls) of one of `num_leaders` data-parallel leaders.
 
     With a server for each, every leader has its own; otherwise all sample from all, and the first
     one pushes to all.

@@ -16,7 +16,7 @@ _TORCHRUN += ("ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR",
 
 @dataclass(frozen=True)
 class LocalSettings:
-    """How an engine is started.
+    """The settings that a local engine is started with.
 
     Attributes:
         model_dir: HF folder; its config is read, and with `reads_weights` its weights are.
@@ -37,7 +37,7 @@ class LocalSettings:
         cpu_threads: of a CPU engine, per worker; 0: all cores over the workers.
         prefix_caching: keep keys and values of prompts between requests.
         block_size: tokens per block of the cache; None: vLLM's choice.
-        reads_weights: vLLM reads the folder's weights and takes no pushes (`vllm_frozen`).
+        reads_weights: vLLM reads the folder's weights and takes no pushes (`FrozenEngine`).
     """
 
     model_dir: str
@@ -67,7 +67,7 @@ class LocalSettings:
             )
 
     def engine_arguments(self) -> dict[str, Any]:
-        """For vLLM's LLM."""
+        """Return the arguments of vLLM's LLM."""
         on_gpu = self.device != "cpu"
         arguments: dict[str, Any] = {
             "model": self.model_dir,
@@ -93,13 +93,13 @@ class LocalSettings:
             arguments["enable_sleep_mode"] = True
             arguments["hf_overrides"] = {"head_dtype": "float32"}
         else:
-            # What a part of a prompt has sampled is thrown away and its random state set back,
-            # which vLLM cannot do on a CPU: prompts are read whole.
+            # Read in parts, a prompt samples after each part, and vLLM then sets the random state
+            # back, which it cannot do on a CPU: prompts are read whole.
             arguments["enable_chunked_prefill"] = False
         return arguments
 
     def environment(self, inherited: Mapping[str, str]) -> dict[str, str]:
-        """Of the engine's processes: without torchrun, on loopback, quiet."""
+        """Return the environment of the engine's processes: no torchrun, loopback only, quiet."""
         kept = {
             key: value
             for key, value in inherited.items()

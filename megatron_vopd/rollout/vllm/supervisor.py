@@ -1,4 +1,4 @@
-"""Ends an engine with everything it started, also when the trainer could not.
+"""The process that ends an engine with everything it started, also when the trainer cannot.
 
 `python -m megatron_vopd.rollout.vllm.supervisor PARENT_PID COMMAND...` leads a session of its own,
 runs COMMAND in it, and watches two things: the command and its own parent. When either is gone it
@@ -28,7 +28,7 @@ SHARED_MEMORY = "/dev/shm/"
 
 
 def session_pids(session: int) -> list[int]:
-    """Living processes of a session; zombies do not count."""
+    """Return the living processes of a session; zombies do not count."""
     found = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
@@ -43,7 +43,7 @@ def session_pids(session: int) -> list[int]:
 
 
 def mapped_shared_memory(pids: list[int]) -> set[str]:
-    """Files below /dev/shm that the processes have mapped and that still have a name."""
+    """Return the files below /dev/shm that the processes have mapped and that have a name."""
     found = set()
     for pid in pids:
         try:
@@ -99,7 +99,7 @@ def _kill(pid: int) -> None:
 
 
 def descriptors(arguments: list[str]) -> Iterator[int]:
-    """File descriptors to hand on, named in the command as fd=NUMBER."""
+    """Yield the file descriptors that a command names as fd=NUMBER."""
     for argument in arguments:
         if argument.startswith("fd="):
             yield int(argument.removeprefix("fd="))

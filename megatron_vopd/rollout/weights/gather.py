@@ -1,6 +1,6 @@
-"""Layers of the student put together in memory that all ranks of one machine share.
+"""Layers of the student, put together in memory that all ranks of one machine share.
 
-Rank 0 makes a memory file for a layer (`segments`); every rank copies its own part of the HF
+Rank 0 makes a memory file for a layer (`memory_file`); every rank copies its own part of the HF
 tensors to its place there, in the engines' type; the leaders give the file to their engines. So a
 weight is copied once between the parameter and the engine, and no collective carries any.
 
@@ -30,7 +30,7 @@ from megatron_vopd.rollout.weights.memory_file import MemoryFile, Segment, room_
 
 
 def machine_id() -> str | None:
-    """Equal for processes that can open one another's memory files; None: nobody can.
+    """Identify the processes that can open one another's memory files; None: none can.
 
     Same start of the same kernel, same process namespace, same user.
     """
@@ -40,10 +40,10 @@ def machine_id() -> str | None:
 
 
 class SharedGather:
-    """A `Gather`, for one walk over the weights after another, by all ranks.
+    """A `Gather` through shared memory, for one walk over the weights after another.
 
     Args:
-        dtype: of the engines.
+        dtype: type that the engines take.
         is_reused: files carry one layer after another; only where rank 0 has the only engine, so
             that it knows when a file is free.
     """
@@ -55,7 +55,7 @@ class SharedGather:
         self._is_reused = is_reused and dist.get_rank() == 0
 
     def take_segment(self) -> Segment | None:
-        """See `transfer.WeightSource`."""
+        """Hand over the segment of the current layer; see `send.WeightSource`."""
         segment, self._segment = self._segment, None
         return segment
 
@@ -67,7 +67,7 @@ class SharedGather:
         groups: Groups,
         layer_spec: LayerSpec,
     ) -> Iterator[tuple[str, Tensor]]:
-        """The layer's tensors, on every rank, for as long as its segment is open.
+        """Yield the layer's tensors on every rank; they last as long as their segment is open.
 
         Raises:
             EngineError: on every rank, if one of them could not write.
@@ -96,7 +96,7 @@ class SharedGather:
             self._drop()
 
     def _open(self, size: int) -> Segment:
-        """The file of the next layer on every rank, made by the first."""
+        """Open the file of the next layer, which rank 0 makes, on every rank."""
         place = torch.zeros(2, dtype=torch.int64)
         if dist.get_rank() == 0:
             with suppress(OSError):
@@ -109,7 +109,7 @@ class SharedGather:
         return self._segment
 
     def _fitting_spare(self, size: int) -> MemoryFile | None:
-        """One large enough that wastes less than half; without one, none of them is kept."""
+        """Take a spare file that is large enough and wastes less than half, else close them all."""
         for number, file in enumerate(self._spare):
             if size <= len(file.room) < 2 * size:
                 return self._spare.pop(number)
@@ -122,6 +122,6 @@ class SharedGather:
             segment.close()
 
     def close(self) -> None:
-        """Give back the memory that no segment has. The gather may be used on."""
+        """Give back the memory that no segment has. The gather can still be used."""
         while self._spare:
             self._spare.pop().close()

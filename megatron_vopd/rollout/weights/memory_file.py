@@ -1,4 +1,4 @@
-"""Weights in memory that several processes see: files without a name, and what lies in them.
+"""Weights in memory that several processes see: files without a name, and tensors in them.
 
 A `MemoryFile` (memfd) has no name in /dev/shm: it goes when the last process that holds it ends,
 however it ends. Another process opens it as /proc/PID/fd/FD, which takes the same user and the same
@@ -6,9 +6,9 @@ process namespace.
 
 A `Segment` is the tensors of one layer in such a file, with a manifest of names, types, shapes,
 places and hashes; `MappedSegment` is the reader's side. A file may carry one layer after another:
-fresh memory costs several times what writing it does. The first byte is for that: a reader sets it
-when it still needs a tensor after the call in which it was told of it, and the file is then left
-to that reader.
+fresh memory costs several times what writing it does. The first byte of a file protects a reader
+from that: it sets the byte when it still needs a tensor after the call that announced the segment,
+and the writer then leaves the file to it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ ALIGNMENT = 64  # of a tensor in its file, and the size of what is before the fi
 
 
 class MemoryFile:
-    """Anonymous memory with a descriptor.
+    """A file in anonymous memory.
 
     Args:
         pid, fd: open this descriptor of that process; without them the file is new.
@@ -44,7 +44,7 @@ class MemoryFile:
         self.room = torch.empty(0, dtype=torch.uint8)
 
     def map(self, size: int) -> Tensor:
-        """The first bytes [at least size] of the file, which grows where it must."""
+        """Map the file's first bytes [at least size]; the file grows where it must."""
         if len(self.room) < size:
             if os.fstat(self.fd).st_size < size:
                 os.ftruncate(self.fd, size)
@@ -83,14 +83,14 @@ class Segment:
 
     @property
     def file(self) -> MemoryFile:
-        """Until it is closed."""
+        """The memory file; only until the segment is closed."""
         assert self._file is not None, "the segment is closed"
         return self._file
 
     def make_room(
         self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Tensors to be filled, inside the file; the same call finds the same ones in any process.
+        """Lay out tensors to be filled; the same call in any process finds the same places.
 
         They hold the file's memory until the last of them is dropped. Called once, first of all.
         """
@@ -128,7 +128,7 @@ class Segment:
         self.num_bytes += tensor.nbytes
 
     def update_info(self) -> dict[str, Any]:
-        """What the engine is told; JSON."""
+        """Return the manifest that the engine gets, as JSON values."""
         path = f"/proc/{os.getpid()}/fd/{self.file.fd}"
         return {"path": path, "size": self._end, "tensors": self.tensors}
 
@@ -146,7 +146,7 @@ class Segment:
 def room_places(
     shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
 ) -> dict[str, tuple[int, int]]:
-    """First byte of each tensor in its file, and the one after its last."""
+    """Return each tensor's first byte in its file, and the one after its last."""
     places, end = {}, ALIGNMENT
     for name, shape in shapes.items():
         start = _aligned(end)
@@ -156,7 +156,7 @@ def room_places(
 
 
 def room_size(shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    """Bytes of a file with room for such tensors."""
+    """Return the bytes of a file with room for such tensors."""
     return max((stop for _, stop in room_places(shapes, dtype).values()), default=ALIGNMENT)
 
 
@@ -198,7 +198,7 @@ class MappedSegment:
         self.data: Tensor | None = torch.frombuffer(mapped, dtype=torch.uint8)
 
     def release(self) -> None:
-        """Let go of the bytes, and tell the writer if a tensor of them is left.
+        """Let go of the bytes; mark the file if a tensor of them is left.
 
         Called while the writer waits for the answer.
         """
@@ -211,7 +211,7 @@ class MappedSegment:
 def read_tensors(
     data: Tensor, manifest: Iterable[list[Any]], missing: dict[str, tuple[int, ...]], dtype: str
 ) -> Iterator[tuple[str, Tensor]]:
-    """Tensors of a mapped segment, each verified first.
+    """Yield the tensors of a mapped segment, each verified first.
 
     Args:
         missing: name -> shape of what the engine's model still needs; what comes is taken out.
@@ -241,10 +241,10 @@ def read_tensors(
 
 
 def digest(tensor: Tensor) -> str:
-    """xxh3-128 of a contiguous tensor's bytes."""
+    """Return the xxh3-128 of a contiguous tensor's bytes."""
     return xxhash.xxh3_128(_bytes(tensor)).hexdigest()
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """The bytes of a contiguous CPU tensor, without a copy."""
+    """View the bytes of a contiguous CPU tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -1,8 +1,8 @@
 """Weights on their way to an engine on this machine: layer by layer, through anonymous memory.
 
-The tensors of one layer lie in a file that exists in memory only (`segments`): the ranks of the
-trainer build them there (`shared_gather`), or the sender copies them into it. The sender checks
-that they are finite, and tells the engine where they are, with a manifest of names, shapes, types
+The tensors of one layer lie in a file that exists in memory only (`memory_file`): the ranks of the
+trainer build them there (`gather`), or the sender copies them into it. The sender checks that they
+are finite, and sends the engine the place of the file and a manifest of names, shapes, types
 and hashes. The engine's processes map the file, verify it against the manifest and against their
 own model, and load it. While they load one layer the trainer builds the next, so two layers exist
 at a time, whatever the size of the model.
@@ -31,7 +31,7 @@ BACKEND = "megatron_vopd_shm"
 
 
 class WeightClient(Protocol):
-    """The engine's side of a push, as vLLM defines it."""
+    """The control channel of a push, as vLLM defines it (`VLLMWeightSyncClient`)."""
 
     def start_weight_update(self) -> None: ...
 
@@ -49,7 +49,7 @@ class Sent:
 
 
 def expected_weights(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every tensor of a push in its order, the head of a tied model included."""
+    """Return name -> shape of every tensor of a push, in order, with the head of a tied model."""
     expected = hf_tensors(facts)
     if facts.tied:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
@@ -57,7 +57,7 @@ def expected_weights(facts: ModelFacts) -> dict[str, tuple[int, ...]]:
 
 
 def layer_key(name: str) -> str:
-    """Tensors of one key travel together: a decoder layer, or a tensor outside the layers."""
+    """Return a tensor's key; a layer's tensors share one and travel together, others go alone."""
     parts = name.split(".")
     for position, part in enumerate(parts):
         if part.isdigit():
@@ -85,13 +85,13 @@ class WeightSource:
         return self._tensors
 
     def finish(self) -> None:
-        """Draw what an engine left, so that all ranks get through."""
+        """Draw what an engine has not drawn, so that all ranks reach the end of the walk."""
         for pair in self._tensors:
             del pair  # a tensor keeps the memory of its layer
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all values are finite, in one pass without a copy."""
+    """Return whether all values are finite; one pass, no copy."""
     if tensor.numel() == 0:
         return True
     low, high = tensor.detach().aminmax()
@@ -142,7 +142,7 @@ def send_weights(
 
 
 def _segments(source: WeightSource, dtype: torch.dtype) -> Iterator[Segment]:
-    """Each as soon as it is complete, before the first tensor of the next one is built."""
+    """Yield each segment once it is complete, before the first tensor of the next is built."""
     segment, key = None, None
     try:
         for name, tensor in source:

@@ -2,8 +2,8 @@
 
 UNVERIFIED: written against vLLM 0.32's classes, never run; there was no GPU with vLLM on it.
 
-Both replay a source of (HF name, tensor) pairs. They are handed the iterator that all ranks walk in
-lockstep (`weight_sync`), so nothing is gathered twice and no rank holds the whole model; the other
+Both replay a source of (HF name, tensor) pairs. They get the iterator that all ranks walk in
+lockstep (`rollout.push`), so nothing is gathered twice and no rank holds the whole model; the other
 ranks walk it without sending, as vLLM's own non-senders do. Names, shapes, types and finiteness are
 checked here; hashes are for shared memory only, the probe is for all.
 
@@ -27,7 +27,7 @@ from megatron_vopd.rollout.weights.send import Sent, is_finite
 IPC_BUFFER_BYTES = 512 * 1024 * 1024
 
 
-class Counted:
+class CheckedTensors:
     """An iterator over tensors, converted, checked and counted as they pass."""
 
     def __init__(self, tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype) -> None:
@@ -45,7 +45,7 @@ class Counted:
             yield name, tensor
 
     def sent(self) -> Sent:
-        """Totals, when the iterator has ended."""
+        """Return the totals; valid once the iterator has ended."""
         return Sent(self.num_bytes, self.num_tensors)
 
 
@@ -60,7 +60,7 @@ def send_by_ipc(
     from vllm.distributed.weight_transfer.packed_tensor import packed_ipc_producer  # pyright: ignore[reportMissingImports]
 
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    counted = Counted(tensors, dtype)
+    counted = CheckedTensors(tensors, dtype)
     client.init_weight_transfer_engine({"packed": True})
     client.start_weight_update()
     for chunk in packed_ipc_producer(
@@ -92,11 +92,11 @@ class StreamSource:
     """
 
     expected: Mapping[str, tuple[int, ...]]
-    counted: Counted
+    counted: CheckedTensors
     dtype: torch.dtype
 
     def metadata(self) -> list[Any]:
-        """What the walk will yield."""
+        """Describe what the walk will yield."""
         from vllm.distributed.weight_transfer.base import ParamMeta  # pyright: ignore[reportMissingImports]
 
         return [ParamMeta(name, self.dtype, shape) for name, shape in self.expected.items()]
@@ -122,7 +122,7 @@ class NcclSender:
 
         self._client = client
         info = NCCLTrainerInitInfo(address, port, num_workers + 1, rank=0)
-        nothing: Any = StreamSource({}, Counted((), torch.float32), torch.float32)
+        nothing: Any = StreamSource({}, CheckedTensors((), torch.float32), torch.float32)
         self._trainer = NCCLTrainerWeightTransferEngine.trainer_init(
             info, client=client, source=nothing
         )
@@ -133,8 +133,8 @@ class NcclSender:
         expected: Mapping[str, tuple[int, ...]],
         dtype: torch.dtype,
     ) -> Sent:
-        """Push; the version is set by the caller when `finish_weight_update` has run."""
-        counted = Counted(tensors, dtype)
+        """Push the tensors; the caller sets the version afterwards."""
+        counted = CheckedTensors(tensors, dtype)
         source: Any = StreamSource(expected, counted, dtype)
         self._trainer.source = source
         self._trainer.send_weights()

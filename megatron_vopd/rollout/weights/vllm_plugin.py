@@ -1,8 +1,8 @@
 """vLLM's side of a push through shared memory: a weight-transfer back end for CPU engines.
 
 vLLM finds it through the entry point `vllm.general_plugins` of this package, which calls
-`register`, in each of its processes. It runs there, next to the model; only `transfer` is shared
-with the trainer.
+`register`, in each of its processes. It runs there, next to the model; only `send` and
+`memory_file` are shared with the trainer.
 
 Loading goes through vLLM's layerwise reload, which undoes and redoes the packing of weights for the
 CPU. Two things it does not do by itself: mixture-of-experts layers pack only once, unless their
@@ -36,12 +36,12 @@ def register() -> None:
 
 @dataclass
 class NoInit(WeightTransferInitInfo):
-    """There is nothing to connect."""
+    """The empty arguments of `init_transfer_engine`: there is no connection to make."""
 
 
 @dataclass
 class SegmentInfo(WeightTransferUpdateInfo):
-    """`Segment.update_info`."""
+    """The manifest of a segment, from `Segment.update_info`."""
 
     path: str
     size: int
@@ -49,13 +49,13 @@ class SegmentInfo(WeightTransferUpdateInfo):
 
 
 class SharedMemoryWeightTransfer(WeightTransferEngine[NoInit, SegmentInfo]):
-    """Loads segments, each after verifying it; refuses to finish before every tensor has come."""
+    """A back end that loads verified segments, and finishes only when every tensor has come."""
 
     init_info_cls = NoInit
     update_info_cls = SegmentInfo
 
     def init_transfer_engine(self, init_info: NoInit) -> None:
-        """Nothing to do."""
+        """Do nothing: there is no connection to make."""
 
     def start_weight_update(self) -> None:
         """Forget what is packed; expect every tensor of the model once."""
@@ -86,7 +86,7 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInit, SegmentInfo]):
         segment.release()
 
     def finish_weight_update(self) -> None:
-        """Pack what is loaded.
+        """Pack what was loaded.
 
         Raises:
             ValueError: a tensor did not come.
@@ -101,4 +101,4 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInit, SegmentInfo]):
             finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Nothing is held between segments."""
+        """Do nothing: no memory is held between segments."""

@@ -17,9 +17,8 @@ from tokenizers.models import WordLevel
 
 from megatron_vopd.checkpoint.sharded import CheckpointReader, entries, load_entries
 from megatron_vopd.hf.mapping import hf_tensors
-from megatron_vopd.megatron.groups import destroy_groups
 from tests.support.harness import spawn
-from tests.support.layouts import DENSE_CASES, MOE_CASES, Case, build, enter
+from tests.support.layouts import DENSE_CASES, MOE_CASES, Case, build, destroy_groups, enter
 from tests.support.tiny_models import DENSE, TinyModel
 from tests.support.tools import run
 

@@ -70,7 +70,7 @@ def _score(model: Any, facts: Any, groups: Any, batches: list) -> list[list[torc
             micro_batch_size=1,
             forward_only=True,
             collect_non_loss_data=True,
-            pg_collection=groups.collection,
+            pg_collection=groups.process_groups,
             **extra,
         )
     return seen

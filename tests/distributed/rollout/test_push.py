@@ -1,7 +1,7 @@
-"""A push reaches every engine whole, and a failure on one rank is told to all (scripted engines).
+"""A push reaches every engine whole, and a failure on one rank is raised on all (scripted engines).
 
 That a real engine then samples from these weights is shown with vLLM in
-tests/integration/test_engine_*.
+tests/integration/rollout.
 """
 
 from __future__ import annotations
@@ -17,20 +17,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_vopd.megatron import weights as hf_io
-from megatron_vopd.rollout.engine import Sampling
+from megatron_vopd.errors import EngineError
+from megatron_vopd.megatron import weights
+from megatron_vopd.rollout.engine import PushReport
 from megatron_vopd.rollout.push import (
     Probe,
-    PushReport,
-    WeightSyncError,
-    is_leader,
     largest_gap,
     make_probe,
     push,
-    sample,
 )
 from megatron_vopd.rollout.weights.memory_file import Segment, digest
-from megatron_vopd.types import Layout, Prompt
+from megatron_vopd.types import Layout
 from tests.support.harness import spawn
 from tests.support.layouts import Case, build, enter
 from tests.support.scoring import score
@@ -43,9 +40,7 @@ CASES = (
     (Case("dp2-pp2", Layout(4, pp=2)), TinyModel("llama", False, VOCAB)),
     (Case("pp2-ep2", Layout(4, pp=2, ep=2)), TinyModel("qwen3_moe", False, VOCAB)),
 )
-SAMPLING = Sampling(max_tokens=12, samples=2, stop_ids=(3,))
 PROBE = make_probe(VOCAB, num_sequences=2, length=9)
-PROMPTS = [Prompt(f"data:{i}", (i, i + 5)) for i in range(5)]
 
 
 def _expected(model: TinyModel, folder: Path) -> dict[str, str]:
@@ -68,17 +63,17 @@ def _reference_scores(folder: Path) -> list[list[float]]:
 
 
 def _attempt(action: Any) -> Any:
-    """The result of `action`, or the message of its WeightSyncError."""
+    """The result of `action`, or the message of its EngineError."""
     try:
         return action()
-    except WeightSyncError as error:
+    except EngineError as error:
         return str(error)
 
 
 @contextmanager
 def _no_broadcasts() -> Iterator[None]:
-    """Collectives of `hf_io` fail."""
-    with mock.patch.object(hf_io, "broadcast_from_position", side_effect=AssertionError("used")):
+    """Make the collectives of an export fail."""
+    with mock.patch.object(weights, "broadcast_from_position", side_effect=AssertionError("used")):
         yield
 
 
@@ -100,7 +95,7 @@ def _pushes(case: Case, folder: str) -> dict[str, Any]:
     """On a rank: one push after another, with every kind of failure."""
     groups = enter(case)
     student, facts = build(folder, case, groups)
-    leader = is_leader(groups)
+    leader = groups.is_leader
     found: dict[str, Any] = {"leader": leader}
 
     def one(engine: ScriptedEngine | None, version: int, **options: Any) -> Any:
@@ -169,7 +164,7 @@ def test_pushes(case: Case, model: TinyModel, tmp_path: Path) -> None:
         assert found["shared"] == report
         assert found["flaky"].attempts == 2 and found["flaky"].policy_version == 2
         for name in ("unwritable", "broken", "unproven", "nan"):
-            assert found[name] == results[0][name], "every rank must be told the same"
+            assert found[name] == results[0][name], "every rank must raise the same"
         assert "rank 3: weights: 1 ranks could not write" in found["unwritable"]
         assert "no memory left" in found["unwritable"]
         assert found["unwritable version"] is None
@@ -182,34 +177,6 @@ def test_pushes(case: Case, model: TinyModel, tmp_path: Path) -> None:
         assert found["weights"] == found["flaky weights"] == found["shared weights"] == expected
         assert found["unproven version"] is None and found["nan version"] == 5
     assert leaders[-1]["broken version"] is None
-
-
-FAULTS = ("exception", "nan", "stale_version")
-
-
-def _samples() -> list[tuple[Any, int]]:
-    """On a rank with an engine: sampling with faults on rank 0; (rollouts or message, pushes)."""
-    found = []
-    cases = [{}, *({0: fault} for fault in FAULTS), {0: "nan", 1: "nan"}]
-    for faults in cases:
-        engine = ScriptedEngine(VOCAB, faults if dist.get_rank() == 0 else {})
-
-        def push_again(engine: ScriptedEngine = engine) -> None:
-            engine.update_weights([], 8)
-
-        push_again()
-        mine = PROMPTS[dist.get_rank() :: 2]
-        arguments = (engine, mine, SAMPLING, 8, VOCAB, push_again)
-        rollouts = _attempt(lambda arguments=arguments: sample(*arguments))
-        found.append((rollouts, engine.num_pushes))
-    return found
-
-
-def test_a_failed_batch_is_sampled_again_by_all() -> None:
-    for (undisturbed, pushes), *disturbed, given_up in spawn(_samples, 2):
-        assert len(undisturbed) == pytest.approx(5, abs=1) and pushes == 1
-        assert disturbed == [(undisturbed, 2)] * len(FAULTS)
-        assert given_up[0].startswith("sampling failed 2 times; last: rank 0")
 
 
 def test_a_probe_needs_something_to_score() -> None:

@@ -82,8 +82,7 @@ class KeepsRollouts(RecordingTrainer):
 def _collector(groups: Groups, settings: StepSettings) -> RolloutCollector:
     engine = ScriptedEngine(VOCAB)
     engine.update_weights([], 0)
-    at = groups.coordinates
-    own = engine if (at.tp, at.cp, at.pp) == (0, 0, 0) else None
+    own = engine if groups.is_leader else None
     prompts, given = PromptStream(PROMPTS, seed=1), PromptStream(GIVEN, seed=1)
     return RolloutCollector(groups, own, prompts, settings, VOCAB, "cpu", given)
 

@@ -54,8 +54,7 @@ def _collector(
 ) -> RolloutCollector:
     settings = step_settings(**{"num_prompts": 5, "samples_per_prompt": 2, **changes})
     groups = _groups()
-    at = groups.coordinates
-    own = engine if (at.tp, at.pp) == (0, 0) else None
+    own = engine if groups.is_leader else None
     stream = PromptStream(PROMPTS, seed=1)
     return RolloutCollector(groups, own, stream, settings, VOCAB, "cpu", responses, grader, push)
 
@@ -87,18 +86,36 @@ def _all_faults() -> list[str]:
     return messages
 
 
-def _recovery() -> Any:
-    """Leader 1's engine fails in its first call and is started again by a push."""
-    wrong: Any = {0: "timeout"} if _groups().coordinates.dp == 1 else None
-    engine = _engine(wrong)
-    pushed = []
+MENDED = ("exception", "timeout", "nan", "stale_version", "too_few")
+
+
+def _with_faults(faults: Any) -> tuple[RolloutCollector, list[int]]:
+    """A collector whose engines misbehave where this is leader 1, and the versions pushed."""
+    engine = _engine(faults if _groups().coordinates.dp == 1 else None)
+    pushed: list[int] = []
 
     def push(policy_version: int) -> None:
         pushed.append(policy_version)
         engine.update_weights([], policy_version)
 
-    collector = _collector(engine, push=push)
-    return collector.take(0, 7, 0), pushed
+    return _collector(engine, push=push), pushed
+
+
+def _recovery() -> Any:
+    """Leader 1's engine misbehaves in its first call and is started again by a push."""
+    found = []
+    for fault in MENDED:
+        collector, pushed = _with_faults({0: fault})
+        found.append((collector.take(0, 7, 0), pushed))
+    return found
+
+
+def _given_up() -> tuple[str, list[int]]:
+    """Leader 1's engine misbehaves in both calls of a step."""
+    collector, pushed = _with_faults({0: "nan", 1: "timeout"})
+    with pytest.raises(EngineError) as caught:
+        collector.take(0, 7, 0)
+    return str(caught.value), pushed
 
 
 class PickyEngine(ScriptedEngine):
@@ -178,7 +195,8 @@ def _hanging() -> str:
 def _everything() -> dict[str, Any]:
     """On a rank: all of the above in one world, whose start is what costs."""
     init_world("cpu")
-    parts = (_two_steps, _all_faults, _recovery, _users_mistake, _overlapped, _mixed, _hanging)
+    parts = (_two_steps, _all_faults, _recovery, _given_up, _users_mistake, _overlapped)
+    parts += (_mixed, _hanging)
     return {part.__name__: part() for part in parts}
 
 
@@ -214,10 +232,16 @@ def test_a_fault_of_one_engine_is_raised_on_all_ranks(seen: list[dict[str, Any]]
 
 def test_a_failed_engine_is_started_again_and_asked_again(seen: list[dict[str, Any]]) -> None:
     for rank in seen:
-        graded, pushed = rank["_recovery"]
         undisturbed, _, _ = rank["_two_steps"]
-        assert pushed == [0]
-        assert [one.rollout for one in graded] == [one.rollout for one in undisturbed[0]]
+        assert len(rank["_recovery"]) == len(MENDED)
+        for graded, pushed in rank["_recovery"]:
+            assert pushed == [0]
+            assert [one.rollout for one in graded] == [one.rollout for one in undisturbed[0]]
+
+
+def test_a_step_that_fails_twice_is_given_up_by_all(seen: list[dict[str, Any]]) -> None:
+    for rank in seen:
+        assert rank["_given_up"] == ("rank 2: scripted engine, generate: timeout", [0])
 
 
 def test_a_mistake_of_the_user_is_not_tried_again(seen: list[dict[str, Any]]) -> None:

@@ -329,7 +329,7 @@ def _whole_step(setup: Setup) -> Any:
         task_reward_weight=0.5,
     )
     engine = ScriptedEngine(VOCAB)
-    own = engine if student.is_data_leader else None
+    own = engine if groups.is_leader else None
     prompts = [Prompt(f"p{i}", (i, i + 1, 2 * i)) for i in range(20)]
 
     def push(policy_version: int) -> None:

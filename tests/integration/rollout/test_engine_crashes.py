@@ -18,9 +18,9 @@ import pytest
 
 from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
-from megatron_vopd.rollout import push as weight_sync
+from megatron_vopd.rollout import push as push_module
 from megatron_vopd.rollout.engine import Sampling
-from megatron_vopd.rollout.push import make_probe, push, sample
+from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.types import Layout
 from tests.support.engines import (
@@ -29,6 +29,7 @@ from tests.support.engines import (
     TOLERANCE,
     VOCAB,
     Student,
+    make_collector,
     make_prompts,
     needs_vllm,
     settings,
@@ -43,14 +44,14 @@ SAMPLING = Sampling(max_tokens=150, samples=2, seed=3, stop_ids=(STOP,))
 
 
 def find(engine: LocalEngine, who: str) -> int:
-    """Process id of the keeper, the host (which is vLLM's core), or a tensor-parallel worker."""
+    """Process id of the supervisor, the child (vLLM's core), or a tensor-parallel worker."""
     pids = engine.processes()
     commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in pids}
-    keeper = {pid for pid, command in commands.items() if "rollout.keeper" in command}
-    host = {pid for pid, command in commands.items() if "rollout.engine_host" in command} - keeper
+    supervisor = {pid for pid, command in commands.items() if "vllm.supervisor" in command}
+    child = {pid for pid, command in commands.items() if "vllm.child" in command} - supervisor
     trackers = {pid for pid, command in commands.items() if "resource_tracker" in command}
-    workers = set(pids) - keeper - host - trackers
-    return min({"keeper": keeper, "host": host, "worker": workers}[who])
+    workers = set(pids) - supervisor - child - trackers
+    return min({"supervisor": supervisor, "child": child, "worker": workers}[who])
 
 
 class Run:
@@ -62,22 +63,22 @@ class Run:
         self.engine = LocalEngine(
             settings(folder, log_path, tp=tp, stall_seconds=STALL_SECONDS, push_seconds=20.0)
         )
-        self.push()
+        self.collector = make_collector(self.groups, self.engine, self.push)
+        self.push(1)
 
-    def push(self) -> Any:
+    def push(self, policy_version: int) -> Any:
         return push(
             self.student.model,
             self.student.facts,
             self.groups,
             self.engine,
-            1,
+            policy_version,
             score_fn=self.student.score,
             probe=make_probe(VOCAB, tolerance=TOLERANCE),
         )
 
     def sample(self) -> Any:
-        prompts = make_prompts(12)
-        return sample(self.engine, prompts, SAMPLING, 1, VOCAB, self.push)
+        return self.collector.sample(make_prompts(12), SAMPLING, 1)
 
     def hit(self, who: str, how: int) -> None:
         os.kill(find(self.engine, who), how)
@@ -114,8 +115,8 @@ def _mid_generate(folder: str, log_path: str, tp: int, cases: list[tuple[str, in
             strike.join()
             run.engine.generate = original  # type: ignore[method-assign]
             found.append((rollouts == undisturbed, seen, run.engine.num_starts))
-        if cases[-1][0] == "keeper":
-            with pytest.raises(EngineError, match="keeper is gone"):
+        if cases[-1][0] == "supervisor":
+            with pytest.raises(EngineError, match="supervisor is gone"):
                 run.engine.generate(make_prompts(1), SAMPLING)
         return found
     finally:
@@ -125,7 +126,7 @@ def _mid_generate(folder: str, log_path: str, tp: int, cases: list[tuple[str, in
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("tp", [1, 2])
 def test_mid_generate(tp: int, tmp_path: Path) -> None:
-    cases = [("host", signal.SIGKILL), ("host", signal.SIGSTOP), ("keeper", signal.SIGKILL)]
+    cases = [("child", signal.SIGKILL), ("child", signal.SIGSTOP), ("supervisor", signal.SIGKILL)]
     if tp == 2:
         cases = [("worker", signal.SIGKILL), ("worker", signal.SIGSTOP)]
     folder = MODELS["qwen3-tied"].save(tmp_path)
@@ -138,7 +139,7 @@ def test_mid_generate(tp: int, tmp_path: Path) -> None:
         name = f"tp {tp}: {who} {signal.Signals(how).name}"
         print(f"\n{name}: detected after {seen} s of generating")
         assert equal, f"{name}: other rollouts than undisturbed"
-        if who == "keeper":
+        if who == "supervisor":
             continue  # nothing was lost; the next call notices
         starts += 1
         assert num_starts == starts and len(seen) == 1, name
@@ -146,7 +147,7 @@ def test_mid_generate(tp: int, tmp_path: Path) -> None:
 
 
 def _mid_push(folder: str, log_path: str) -> Any:
-    """On a rank: pushes during which the host is killed, then stopped."""
+    """On a rank: pushes during which the child is killed, then stopped."""
     run = Run(folder, log_path, 1)
     found = []
     try:
@@ -155,13 +156,13 @@ def _mid_push(folder: str, log_path: str) -> Any:
             def struck(*args: Any, how: int = how, **options: Any) -> Iterator:
                 for number, pair in enumerate(export_weights(*args, **options)):
                     if number == 20:
-                        weight_sync.export_weights = export_weights
-                        run.hit("host", how)
+                        push_module.export_weights = export_weights
+                        run.hit("child", how)
                     yield pair
 
-            weight_sync.export_weights = struck  # type: ignore[assignment]
+            push_module.export_weights = struck  # type: ignore[assignment]
             begin = time.monotonic()
-            report = run.push()
+            report = run.push(1)
             found.append((report, time.monotonic() - begin, bool(run.sample())))
         return found, run.engine.num_starts
     finally:

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
-from megatron_vopd.rollout import push as weight_sync
+from megatron_vopd.rollout import push as push_module
 from megatron_vopd.rollout.engine import PushReport, Sampling
-from megatron_vopd.rollout.push import WeightSyncError, is_leader, make_probe, push
+from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.rollout.weights.memory_file import Segment
 from megatron_vopd.types import Layout
@@ -121,7 +121,7 @@ class Bench:
     def __init__(self, folder: str, log_path: str) -> None:
         self.groups = enter(TP2)
         self.student = Student(folder, TP2, self.groups)
-        self.engine = LocalEngine(settings(folder, log_path)) if is_leader(self.groups) else None
+        self.engine = LocalEngine(settings(folder, log_path)) if self.groups.is_leader else None
         self.version = 0
         self.old: dict[str, Tensor] = {}
         self.log: dict[str, str] = {}
@@ -140,13 +140,13 @@ class Bench:
         try:
             report = self._push()
             self.log[name] = f"NOT NOTICED: {report}"
-        except WeightSyncError as error:
+        except EngineError as error:
             self.log[name] = str(error)
             self._honest()
             if self._samples(False):
                 self.log[name] = f"STILL SAMPLES after {error}"
         finally:
-            weight_sync.export_weights = export_weights
+            push_module.export_weights = export_weights
             Segment.update_info = original_info
             self._honest()
 
@@ -183,7 +183,7 @@ class Bench:
 
 def _stream(change: Callable[[Stream], Stream]) -> Callable[[], None]:
     def prepare() -> None:
-        weight_sync.export_weights = lambda *args, **options: iter(  # type: ignore[assignment]
+        push_module.export_weights = lambda *args, **options: iter(  # type: ignore[assignment]
             change(export_weights(*args, **options))
         )
 

@@ -119,7 +119,7 @@ def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
     assert line.startswith("UP "), (tmp_path / "log").read_text()[-3000:]
     session = int(line.split()[1])
     pids = session_pids(session)
-    assert len(pids) >= 4, "keeper, host and two workers"
+    assert len(pids) >= 4, "supervisor, child and two workers"
     addresses = _listening(pids)
     assert addresses <= {"127.0.0.1", "::1"}, addresses
     if how == "wait":

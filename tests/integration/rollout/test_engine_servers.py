@@ -14,9 +14,9 @@ import pytest
 
 from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
-from megatron_vopd.rollout import push as weight_sync
+from megatron_vopd.rollout import push as push_module
 from megatron_vopd.rollout.engine import Sampling
-from megatron_vopd.rollout.push import WeightSyncError, is_leader, make_probe, push
+from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.validate import check_rollouts
 from megatron_vopd.rollout.vllm.client import Server
 from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings
@@ -48,7 +48,7 @@ def _served(
     groups = enter(TP2)
     student = Student(folder, TP2, groups)
     engine = None
-    if is_leader(groups):
+    if groups.is_leader:
         engine = ServerEngine(
             ServerSettings(urls, start_seconds=240.0, stall_seconds=10.0, deadline_seconds=120.0)
         )
@@ -78,16 +78,16 @@ def _served(
         found["gaps"].append(worst_gap(student, rollouts))
 
     # A push that fails half-way leaves servers that do not sample; the next one mends them.
-    weight_sync.export_weights = lambda *args, **options: (  # type: ignore[assignment]
+    push_module.export_weights = lambda *args, **options: (  # type: ignore[assignment]
         pair
         for pair in export_weights(*args, **options)
         if pair[0] != "model.layers.2.input_layernorm.weight"
     )
     try:
         one_push(4, attempts=1)
-    except WeightSyncError as error:
+    except EngineError as error:
         found["half"] = str(error)
-    weight_sync.export_weights = export_weights
+    push_module.export_weights = export_weights
     found["mended"] = one_push(5)
     if engine is not None:
         found["addresses"] = {

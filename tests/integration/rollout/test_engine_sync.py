@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from megatron_vopd.rollout.engine import Sampling
-from megatron_vopd.rollout.push import is_leader, make_probe, push, sample
+from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from tests.support.engines import (
     EP2_PP2,
@@ -24,6 +24,7 @@ from tests.support.engines import (
     TP2_PP2,
     VOCAB,
     Student,
+    make_collector,
     make_prompts,
     needs_vllm,
     settings,
@@ -44,7 +45,8 @@ def _pushes(
     """On a rank: what was measured after each push."""
     groups = enter(case)
     student = Student(folder, case, groups, getattr(torch, dtype))
-    engine = LocalEngine(settings(folder, log_path, dtype=dtype)) if is_leader(groups) else None
+    engine = LocalEngine(settings(folder, log_path, dtype=dtype)) if groups.is_leader else None
+    collector = make_collector(groups, engine)
     prompts, probe, found = make_prompts(16), make_probe(VOCAB, tolerance=tolerance), []
     try:
         for version in range(1, pushes + 1):
@@ -52,8 +54,8 @@ def _pushes(
             arguments = (student.model, student.facts, groups, engine, version)
             report = push(*arguments, score_fn=student.score, probe=probe)
             sampling = Sampling(max_tokens=48, samples=2, seed=version, stop_ids=(STOP,))
-            rollouts = sample(engine, prompts, sampling, version, VOCAB, lambda: None)
-            gap, tokens = worst_gap(student, rollouts if engine else None)
+            rollouts = collector.sample(prompts, sampling, version)
+            gap, tokens = worst_gap(student, rollouts)
             found.append({"report": report, "gap": gap, "tokens": tokens, "first": rollouts[:1]})
         return found
     finally:

@@ -229,7 +229,6 @@ def _called(root: Path, *overrides: str) -> tuple[int, str, str, float]:
 
     from megatron_vopd import train
     from megatron_vopd.collectives import SPOKEN_KEY
-    from megatron_vopd.megatron import groups as parallel
 
     dist.distributed_c10d._get_default_store().delete_key(SPOKEN_KEY)
     shared = [f"train.steps={STEPS}", "checkpoint.interval=2", "logging.tensorboard=false"]
@@ -243,7 +242,7 @@ def _called(root: Path, *overrides: str) -> tuple[int, str, str, float]:
             traceback.print_exc()
             status = -1
     if parallel_state.is_initialized():
-        parallel.destroy_groups()
+        parallel_state.destroy_model_parallel()
     return status, out.getvalue(), err.getvalue(), time.monotonic() - begin
 
 

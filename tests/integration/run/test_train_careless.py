@@ -167,7 +167,6 @@ def _all_uses(root: str, names: list[str]) -> Any:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_vopd.megatron import groups as parallel
     from megatron_vopd.run import start as run_start
 
     os.environ |= {
@@ -182,7 +181,7 @@ def _all_uses(root: str, names: list[str]) -> Any:
         run_start.find_spec = lambda _, has=name != "no vLLM": object() if has else None
         found[name] = _used(root, USES[name])
         if parallel_state.is_initialized():
-            parallel.destroy_groups()
+            parallel_state.destroy_model_parallel()
     return found
 
 

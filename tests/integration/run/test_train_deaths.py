@@ -169,17 +169,17 @@ def test_without_torchrun(root: Path) -> None:
 
 
 def _engines(launcher: subprocess.Popen) -> list[int]:
-    """Process ids of the hosts of running engines."""
+    """Process ids of the children of running engines."""
     found = []
     for rank in _ranks(launcher):
-        for keeper in Path(f"/proc/{rank}/task/{rank}/children").read_text().split():
-            found += Path(f"/proc/{keeper}/task/{keeper}/children").read_text().split()
+        for supervisor in Path(f"/proc/{rank}/task/{rank}/children").read_text().split():
+            found += Path(f"/proc/{supervisor}/task/{supervisor}/children").read_text().split()
     return [int(pid) for pid in found]
 
 
-def _another_engine(launcher: subprocess.Popen, host: int) -> bool:
+def _another_engine(launcher: subprocess.Popen, child: int) -> bool:
     try:
-        return any(pid != host for pid in _engines(launcher))
+        return any(pid != child for pid in _engines(launcher))
     except OSError:  # one ended while it was looked at
         return False
 
@@ -195,9 +195,9 @@ def test_engine_killed(root: Path) -> None:
         with started(folder, *arguments) as launcher:
             _wait(lambda name=name: _steps(root, name), "the first step", launcher, 200)
             if name == "killed":
-                (host,) = _engines(launcher)
-                os.kill(host, signal.SIGKILL)
-                restarted = partial(_another_engine, launcher, host)
+                (child,) = _engines(launcher)
+                os.kill(child, signal.SIGKILL)
+                restarted = partial(_another_engine, launcher, child)
                 _wait(restarted, "the engine was started again", launcher, 60)
             assert launcher.wait(timeout=200) == 0, (folder / "err").read_text()
         lines = (root / "runs" / name / "metrics.jsonl").read_text().splitlines()

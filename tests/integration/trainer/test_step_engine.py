@@ -40,7 +40,7 @@ def _run(setup: Setup, log_path: str, num_steps: int, kill_before: int) -> Any:
     groups = enter(setup.case)
     student = setup.student(groups)
     engine = None
-    if student.is_data_leader:
+    if groups.is_leader:
         engine = LocalEngine(settings(setup.student_dir, log_path, cpu_threads=1))
     probe = make_probe(VOCAB)
 

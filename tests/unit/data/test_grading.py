@@ -18,12 +18,10 @@ from megatron_vopd.data.grading import (
     Outcome,
     avg_at_k,
     evaluation_metrics,
-    group_normalised,
     pass_at_k,
-    task_rewards,
 )
 from megatron_vopd.errors import UserError
-from megatron_vopd.types import Prompt, Rollout
+from megatron_vopd.types import Prompt
 
 
 @pytest.fixture(scope="module")
@@ -80,6 +78,15 @@ def test_wrong_answers(answer: str, response: str, grader: Grader) -> None:
     assert grader.grade(prompt(answer), response) == 0.0
 
 
+def test_what_is_no_mathematics_starts_no_process() -> None:
+    with Grader() as grader:
+        assert grader.grade(prompt("Paris"), "Rome") == 0.0
+        assert grader.grade(prompt("1+" * 1001 + "1"), r"\boxed{1002}") == 0.0, "too long"
+        assert grader._worker is None
+        assert grader.grade(prompt("1+1"), r"\boxed{2}") == 1.0
+        assert grader._worker is not None
+
+
 def test_what_never_ends_is_wrong_and_the_next_is_graded() -> None:
     """A power that computes in C, where math-verify's own limit never fires."""
     with Grader(time_limit_seconds=0.5) as grader:
@@ -91,7 +98,7 @@ def test_what_never_ends_is_wrong_and_the_next_is_graded() -> None:
 
 
 def test_a_worker_that_is_killed_or_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_vopd.data.prompts.grading._GRACE_SECONDS", 0.2)
+    monkeypatch.setattr("megatron_vopd.data.grading._GRACE_SECONDS", 0.2)
     with Grader(time_limit_seconds=0.3) as grader:
         long = "\u4e00" * 200_000 + r"\boxed{\frac{1}{2}}"  # more than a pipe holds
         for stop in (signal.SIGKILL, signal.SIGSTOP):
@@ -156,23 +163,7 @@ def test_statistics_over_prompts() -> None:
             pass_at_k(grades, k)
 
 
-def test_group_normalised_rewards() -> None:
-    assert group_normalised([1.0, 0.0, 0.0, 1.0]) == [1.0, -1.0, -1.0, 1.0]
-    for grades in itertools.product([0.0, 0.5, 1.0], repeat=4):
-        normalised = group_normalised(grades)
-        assert sum(normalised) == pytest.approx(0)
-        spread = sum(value**2 for value in normalised) / 4
-        assert spread == pytest.approx(0 if len(set(grades)) == 1 else 1)
-    assert group_normalised([0.1] * 3) == [0.0] * 3 and group_normalised([]) == []
-
-
-def test_rewards_and_evaluation_of_rollouts() -> None:
-    shared = prompt("4")  # the same prompt twice in one step is two groups
-    rollouts = [
-        Rollout(shared, sample, (1,) * length, None, "stop", 0)
-        for sample, length in ((0, 1), (1, 2), (0, 3), (1, 6))
-    ]
-    assert task_rewards(rollouts, [1.0, 0.0, 1.0, 1.0]) == [1.0, -1.0, 0.0, 0.0]
+def test_evaluation_metrics() -> None:
     outcomes = [
         Outcome(grade, length, length > 2)
         for grade, length in ((1.0, 1), (0.0, 2), (0.0, 3), (0.0, 6))
@@ -185,5 +176,3 @@ def test_rewards_and_evaluation_of_rollouts() -> None:
     }
     with pytest.raises(ValueError, match="expected 2 outcomes per prompt, got 3"):
         evaluation_metrics("m", outcomes[:3], samples=2, k=2)
-    with pytest.raises(ValueError, match=r"zip\(\)"):
-        task_rewards(rollouts, [1.0])

@@ -30,7 +30,7 @@ WEIGHTS = [("a", torch.ones(2))]
 
 
 class FakeEngine(LocalEngine):
-    host_module = "tests.support.fake_host"
+    child_module = "tests.support.fake_child"
 
 
 @pytest.fixture
@@ -110,8 +110,7 @@ def test_progress_is_no_stall_but_has_a_deadline(make: Any) -> None:
 def test_an_engine_that_stops_within_a_message(make: Any) -> None:
     engine = make()
     engine.update_weights(WEIGHTS, 1)
-    host = max(engine.processes())
-    os.kill(host, signal.SIGSTOP)
+    os.kill(max(engine.processes()), signal.SIGSTOP)
     begin = time.monotonic()
     with pytest.raises(EngineError, match="probe: no answer in time"):
         engine._call("probe", [[1] * 10**6], seconds=1.0)

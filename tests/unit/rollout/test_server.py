@@ -14,10 +14,15 @@ import torch
 
 from megatron_vopd.errors import EngineError, UserError
 from megatron_vopd.rollout.engine import Sampling
-from megatron_vopd.rollout.validate import AccountingError, check_rollouts
-from megatron_vopd.rollout.vllm import client as http_servers
+from megatron_vopd.rollout.validate import check_rollouts
+from megatron_vopd.rollout.vllm import client
 from megatron_vopd.rollout.vllm.client import RefusedByServerError, Server
-from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings, _Fan, shares
+from megatron_vopd.rollout.vllm.server import (
+    AllServersClient,
+    ServerEngine,
+    ServerSettings,
+    servers_of_leader,
+)
 from megatron_vopd.types import Prompt
 
 PROMPTS = [Prompt(f"data:{i}", (i, 2)) for i in range(12)]
@@ -157,7 +162,7 @@ def test_a_push_pauses_loads_drops_the_cache_and_resumes(stubs: list[Stub]) -> N
 def test_the_other_server_takes_over(
     mode: str, stubs: list[Stub], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http_servers, "HEALTH_SECONDS", 1.0)
+    monkeypatch.setattr(client, "HEALTH_SECONDS", 1.0)
     engine = _engine(stubs)
     sound = engine.generate(PROMPTS, SAMPLING)
     if mode == "hung":
@@ -204,7 +209,7 @@ def test_clamped_logprobs_are_not_numbers(stubs: list[Stub]) -> None:
     engine = _engine(stubs)
     stubs[0].mode = stubs[1].mode = "nan"
     rollouts = engine.generate(PROMPTS, SAMPLING)
-    with pytest.raises(AccountingError, match="24 log-prob not finite"):
+    with pytest.raises(EngineError, match="24 log-prob not finite"):
         check_rollouts(rollouts, PROMPTS, SAMPLING, 3, 0, vocab_size=99)
 
 
@@ -231,16 +236,16 @@ def test_other_hosts_need_a_word() -> None:
 
 
 def test_workers_of_all_servers_have_ranks_of_their_own(stubs: list[Stub]) -> None:
-    fan = _Fan([Server(stub.url) for stub in stubs], 5.0)
-    fan.init_weight_transfer_engine({"rank_offset": 1, "world_size": 5})
+    servers = AllServersClient([Server(stub.url) for stub in stubs], 5.0)
+    servers.init_weight_transfer_engine({"rank_offset": 1, "world_size": 5})
     assert [stub.last_body["init_info"]["rank_offset"] for stub in stubs] == [1, 3]
 
 
 def test_leaders_share_servers() -> None:
-    assert shares(["a", "b", "c"], 0, 2) == (("a", "c"), ("a", "c"))
-    assert shares(["a", "b", "c"], 1, 2) == (("b",), ("b",))
-    assert shares(["a"], 0, 2) == (("a",), ("a",))
-    assert shares(["a"], 1, 2) == (("a",), ())
+    assert servers_of_leader(["a", "b", "c"], 0, 2) == (("a", "c"), ("a", "c"))
+    assert servers_of_leader(["a", "b", "c"], 1, 2) == (("b",), ("b",))
+    assert servers_of_leader(["a"], 0, 2) == (("a",), ("a",))
+    assert servers_of_leader(["a"], 1, 2) == (("a",), ())
 
 
 def test_a_leader_that_does_not_push_follows_the_servers(stubs: list[Stub]) -> None:

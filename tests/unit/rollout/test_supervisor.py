@@ -24,11 +24,12 @@ open(sys.argv[2], "w").write("up")
 if sys.argv[3] == "leave": os._exit(3)
 time.sleep(300)
 """
-# A trainer: it starts the keeper as vllm_local does, and waits to be killed.
+# A trainer: it starts the supervisor as `local` does, and waits to be killed.
 TRAINER = """
 import os, subprocess, sys, time
-keeper = [sys.executable, "-m", "megatron_vopd.rollout.vllm.supervisor", str(os.getpid())]
-child = subprocess.Popen([*keeper, *sys.argv[1:]], start_new_session=True)
+module = "megatron_vopd.rollout.vllm.supervisor"
+supervisor = [sys.executable, "-m", module, str(os.getpid())]
+child = subprocess.Popen([*supervisor, *sys.argv[1:]], start_new_session=True)
 print(child.pid, flush=True)
 time.sleep(300)
 """
@@ -77,7 +78,7 @@ def test_an_engine_that_leaves_takes_its_workers_along(tmp_path: Path) -> None:
     assert not shared.exists(), "what an engine had mapped before it left is removed too"
 
 
-def test_the_trainer_reaps_when_the_keeper_is_gone(tmp_path: Path) -> None:
+def test_the_trainer_reaps_when_the_supervisor_is_gone(tmp_path: Path) -> None:
     trainer, session, shared = _start(tmp_path, "stay")
     os.kill(session, signal.SIGKILL)
     _wait_for(lambda: session not in session_pids(session))

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from megatron_vopd.errors import EngineError
-from megatron_vopd.rollout.weights import send as transfer
+from megatron_vopd.rollout.weights import send
 from megatron_vopd.rollout.weights.memory_file import (
     MappedSegment,
     MemoryFile,
@@ -110,7 +110,7 @@ def test_never_more_than_two_layers_exist(monkeypatch: pytest.MonkeyPatch) -> No
             super().close()
             alive.discard(id(self))
 
-    monkeypatch.setattr(transfer, "Segment", Watched)
+    monkeypatch.setattr(send, "Segment", Watched)
     send_weights(_tensors(), Receiver(), torch.float32, "1")
     assert most == 2 and not alive
 
@@ -211,7 +211,7 @@ class Built:
         return segment
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for _, pairs in groupby(_tensors(), key=lambda pair: transfer.layer_key(pair[0])):
+        for _, pairs in groupby(_tensors(), key=lambda pair: send.layer_key(pair[0])):
             layer = dict(pairs)
             file = self.spare.pop() if self.spare else None
             self.num_reused += file is not None
@@ -274,7 +274,7 @@ def test_finite_check_sees_every_place() -> None:
     for value in (torch.nan, torch.inf, -torch.inf):
         for place in (0, 50, 99):
             tensor = torch.zeros(100)
-            assert transfer.is_finite(tensor)
+            assert send.is_finite(tensor)
             tensor[place] = value
-            assert not transfer.is_finite(tensor)
-    assert transfer.is_finite(torch.zeros(0))
+            assert not send.is_finite(tensor)
+    assert send.is_finite(torch.zeros(0))

@@ -9,20 +9,20 @@ import torch
 from megatron_vopd.config.loading import build_config
 from megatron_vopd.rollout.engine import Sampling
 from megatron_vopd.rollout.validate import check_rollouts
-from megatron_vopd.run.build import build_curriculum
 from megatron_vopd.run.dry_run import RandomEngine, at_full_length
+from megatron_vopd.run.settings import build_curriculum
 from megatron_vopd.types import Prompt
 
 VOCAB, STOPS = 11, (3, 7)
 PROMPTS = [Prompt(f"p{i}", (i, i + 1)) for i in range(3)]
 
 
-def test_random_responses_pass_the_accounting() -> None:
+def test_random_responses_pass_the_checks() -> None:
     engine = RandomEngine(VOCAB)
     sampling = Sampling(max_tokens=40, samples=2, seed=5, stop_ids=STOPS)
     rollouts = engine.generate(PROMPTS, sampling)
-    counts = check_rollouts(rollouts, PROMPTS, sampling, 0, 0, VOCAB)
-    assert (counts.num_rollouts, counts.num_tokens) == (6, 6 * 40)
+    check_rollouts(rollouts, PROMPTS, sampling, 0, 0, VOCAB)
+    assert [len(rollout.response_ids) for rollout in rollouts] == [40] * 6
     seen = {i for rollout in rollouts for i in rollout.response_ids}
     assert seen == set(range(VOCAB)) - set(STOPS)
     assert rollouts[0].rollout_logprobs == (-math.log(VOCAB - len(STOPS)),) * 40
