@@ -22,8 +22,9 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from megatron_vopd import objectives
+from megatron_vopd.objectives import advantages
 from megatron_vopd.ops import linear, native
+from megatron_vopd.ops.fields import Coefficients, DistillStats
 from megatron_vopd.run.tool_options import tool_parser
 from megatron_vopd.vocab_parallel import VocabShard, linear_distill_loss
 
@@ -158,15 +159,11 @@ def linear_cases(device: str) -> dict[str, Callable[[], object]]:
     group = dist.group.WORLD
     assert group is not None
     shard = VocabShard(0, vocab_size, group)
-    settings = objectives.ObjectiveSettings(
-        baseline="full",
-        reverse_weight=0.2,
-        importance="none",
-        importance_cap=1.0,
-        entropy_gate=None,
-        reward_floor=None,
-    )
     leaves = hidden.requires_grad_(), head.requires_grad_()
+
+    def vopd(stats: DistillStats) -> Coefficients:
+        zeros = torch.zeros_like(stats.student_logprob_T.detach())
+        return Coefficients(advantages["full"](stats), zeros, zeros, zeros, zeros)
 
     def entrance() -> object:
         loss, _ = linear_distill_loss(
@@ -175,7 +172,7 @@ def linear_cases(device: str) -> dict[str, Callable[[], object]]:
             teacher_head,
             labels,
             shard,
-            lambda stats: objectives.coefficients("sampled", stats, settings),
+            vopd,
             chunk=chunk,
             check_ranks=False,
         )

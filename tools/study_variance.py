@@ -85,8 +85,7 @@ TINY |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 
 def objective(name: str) -> Objective:
     estimator, baseline, topk = ("exact", "full", 0) if name == EXACT else BASELINES[name]
-    section = ObjectiveSection(estimator=estimator, baseline=baseline, topk=topk)
-    return objective_of(section, temperature=1.0)
+    return objective_of(ObjectiveSection(estimator=estimator, baseline=baseline, topk=topk), 1.0)
 
 
 @dataclass

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
-from megatron_vopd import objectives
 from megatron_vopd.ops import autograd, native, reference, topk
-from megatron_vopd.ops.fields import FINAL
+from megatron_vopd.ops.fields import FINAL, Coefficients, DistillStats
 from megatron_vopd.vocab_parallel import VocabShard, linear_distill_loss
 
 DEVICE = torch.device("cuda")
@@ -151,14 +150,12 @@ def check_linear(mode: str) -> list[str]:
     labels = torch.arange(48, device=DEVICE)
     group = dist.group.WORLD
     assert group is not None
-    settings = objectives.ObjectiveSettings(
-        baseline="none",
-        reverse_weight=0.2,
-        importance="none",
-        importance_cap=1.0,
-        entropy_gate=None,
-        reward_floor=None,
-    )
+
+    def mixed(stats: DistillStats) -> Coefficients:
+        weights = {"policy": 0.0, "reverse": 0.2, "forward": 0.8, "entropy": 0.0, "topk": 0.0}
+        like = stats.student_logprob_T.detach()
+        return Coefficients(**{name: torch.full_like(like, w) for name, w in weights.items()})
+
     loss, _ = linear_distill_loss(
         hidden,
         head,
@@ -166,7 +163,7 @@ def check_linear(mode: str) -> list[str]:
         tensors[3],
         labels,
         VocabShard(0, 2003, group),
-        lambda stats: objectives.coefficients("mixed", stats, settings),
+        mixed,
         chunk=20,
         mode=mode,  # pyright: ignore[reportArgumentType]
     )
