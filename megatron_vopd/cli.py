@@ -226,7 +226,8 @@ def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: f
         return _report(error.problems)
     print_config(console, config)
     findings = preflight(config, num_ranks)
-    findings.problems += evaluation_problems(config)
+    if config.evaluates:
+        findings.problems += evaluation_problems(config.data)
     if findings.cuts:
         print_ranks(console, findings.cuts, num_ranks, reason)
     if not findings.problems and findings.cuts.keys() == findings.facts.keys():

@@ -1,6 +1,6 @@
 """How long responses may be: a ladder of lengths, climbed by entropy, by steps, or not at all.
 
-The entropy gate (arXiv 2605.16826; algorithms.md section 5): at a check, the student's mean entropy
+The entropy gate (arXiv 2605.16826; method.md section 5): at a check, the student's mean entropy
 per token over held-out prompts, measured at the current length, must be at least a threshold for
 the next rung; otherwise the length holds. There is no way back. The paper publishes neither
 threshold nor ladder nor interval: the defaults are ours.

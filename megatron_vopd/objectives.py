@@ -1,7 +1,7 @@
 """Objectives as pure functions from statistics to per-token coefficients; one dict line each.
 
 Everything here is per token, detached, and knows no device, rank or file. Notation and equation
-numbers: algorithms.md (A = arXiv 2605.07865, B = arXiv 2605.16826). The loss that the coefficients
+numbers: method.md (A = arXiv 2605.07865, B = arXiv 2605.16826). The loss that the coefficients
 weight is in `Coefficients`; an objective is a row of OBJECTIVES, a baseline a row of `advantages`.
 """
 
@@ -114,7 +114,7 @@ advantages: dict[str, Callable[[DistillStats], Tensor]] = {
 }
 
 
-# rho -> w (algorithms.md section 4); N, the token count, does not change with the mask.
+# rho -> w (method.md section 4); N, the token count, does not change with the mask.
 IMPORTANCE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "none": lambda ratio, cap: torch.ones_like(ratio),
     "truncate": lambda ratio, cap: ratio.clamp(max=cap),

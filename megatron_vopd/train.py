@@ -30,7 +30,7 @@ from megatron_vopd.collectives import StopFlag, all_ranks, speaks_for_all
 from megatron_vopd.config import Config, load_config
 from megatron_vopd.errors import EngineError, GradingError, SkipLimitError, UserError
 from megatron_vopd.megatron.groups import init_world
-from megatron_vopd.run.build import assemble
+from megatron_vopd.run.begin import begin
 from megatron_vopd.run.dry_run import dry_run
 from megatron_vopd.run.loop import ending_noted, train
 from megatron_vopd.run.start import longest_wait_seconds, resolved_device
@@ -65,9 +65,10 @@ def _status(options: argparse.Namespace) -> int:
     try:
         _require_torchrun()
         config = load_config(options.config, options.overrides)
-        device = resolved_device(config)
-        init_world(device, longest_wait_seconds(config))
-        return _dry_run(config, device) if options.dry_run else _train(config, device)
+        device = resolved_device(config.parallel.device)
+        init_world(device, longest_wait_seconds(config.rollout.deadline_seconds))
+        (dry_run if options.dry_run else _train)(config, device)
+        return OK
     except UserError as error:
         return _ended(MISTAKE, str(error))
     except (EngineError, SkipLimitError, GradingError) as error:
@@ -124,10 +125,10 @@ def _require_torchrun() -> None:
         )
 
 
-def _train(config: Config, device: str) -> int:
+def _train(config: Config, device: str) -> None:
     stop = StopFlag(device)
     with ending_noted(Path(config.run.dir) / config.run.name) as ending:
-        run = ending.run = assemble(config, device, stop=stop)
+        run = ending.run = begin(config, device, stop)
         try:
             if run.pusher is not None:
                 run.say(f"engines: starting (logs: {run.run_dir / 'engines'})")
@@ -136,12 +137,7 @@ def _train(config: Config, device: str) -> int:
             ending.reason = train(run)
         finally:
             run.close()
-    return all_ranks(lambda: OK)
-
-
-def _dry_run(config: Config, device: str) -> int:
-    dry_run(config, device)
-    return OK
+    all_ranks(lambda: None)  # a rank whose engine would not end fails them all
 
 
 def _rank() -> int:

@@ -19,7 +19,7 @@ so ranks exchange their (m, n, S, N, D, ...) once, and each moves all of them to
 and adds. The same holds for the forward KL, both entropies, the variance of the log-ratio and the
 optimal baseline: nine sums in all, listed with their rules in csrc/distill_stats.h, and the label's
 two logits from the rank that owns it. The top-k of a row is the merge of the ranks' lists, which
-ride in the same buffer. See docs/one_collective.md for the derivation and a worked example.
+ride in the same buffer. See docs/how/one_collective.md for the derivation and a worked example.
 
 What crosses the wire: one all-gather of [T + 1, 26 + 2 topk] fp32 per call (104 B per token, and
 8 B per top-k entry; the extra row carries the ranks' bounds), merged in rank order, hence the same

@@ -1,12 +1,6 @@
 """Benchmarks of the core operator: ratios in one process, against copies, eager and torch.compile.
 
-    python tools/benchmark_ops.py [--device cpu] [--tokens 256] [--vocab 151936] [--repeats 20]
-
-Candidates and baselines run interleaved, so that a change of the machine's load meets all of them;
-median and least time are reported, and the ratios of both. Outputs are compared before anything is
-timed. On the CPU the script runs itself twice: with the default malloc, and with one that does not
-give memory back (page faults slow eager torch three- to fourfold, and would flatter the operator).
-Writes a table and a plot to --out.
+Candidates and baselines run interleaved, so that a change of the machine's load meets all of them.
 """
 
 from __future__ import annotations
@@ -30,8 +24,19 @@ from torch._C._distributed_c10d import HashStore
 
 from megatron_vopd import objectives
 from megatron_vopd.ops import linear, native
+from megatron_vopd.run.tool_options import tool_parser
 from megatron_vopd.vocab_parallel import VocabShard, linear_distill_loss
 
+SUMMARY = """\
+Time the core operator beside copies of the same bytes, eager torch and torch.compile: median and
+least times, and the ratios of both. Outputs are compared before anything is timed. On the CPU the
+script runs itself twice: with the default malloc, and with one that does not give memory back (page
+faults slow eager torch three- to fourfold, and would flatter the operator). A table and a plot go
+to --out."""
+EXAMPLES = """\
+  python tools/benchmark_ops.py
+  python tools/benchmark_ops.py --tokens 64 --vocab 32768 --repeats 5 --no-compile --out runs/bench
+  python tools/benchmark_ops.py --device cuda"""
 TOPK = 128
 BY_INPUT = f"statistics + top-{TOPK} by input"
 # Tokens, hidden size and vocabulary of the LM-head comparison on a GPU.
@@ -41,7 +46,7 @@ INPUTS = ("gaussian", "zipf", "constant", "ascending", "ties")
 
 
 def make_logits(kind: str, num_tokens: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Student and teacher logits [T, V] fp32 of one of INPUTS (kernels.md section 5)."""
+    """Make logits [T, V] fp32 of student and teacher by one of INPUTS (kernels.md section 5)."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(num_tokens, vocab_size, generator=generator).mul_(3)
     x[:, torch.randint(0, vocab_size, (8,), generator=generator)] += 12
@@ -60,7 +65,7 @@ def make_logits(kind: str, num_tokens: int, vocab_size: int) -> tuple[torch.Tens
 
 
 def eager_statistics(x: torch.Tensor, y: torch.Tensor, labels: torch.Tensor) -> list[torch.Tensor]:
-    """The five main outputs by torch: two label log-probs, both divergences, the entropy."""
+    """Compute the five main outputs by torch: two label log-probs, both divergences, entropy."""
     log_p, log_q = x.log_softmax(-1), y.log_softmax(-1)
     p, delta = log_p.exp(), log_p - log_q
     return [
@@ -73,7 +78,7 @@ def eager_statistics(x: torch.Tensor, y: torch.Tensor, labels: torch.Tensor) -> 
 
 
 def timed(cases: dict[str, Callable[[], object]], repeats: int, device: str) -> dict[str, list]:
-    """Milliseconds of every case, interleaved; one unmeasured round first."""
+    """Return milliseconds of every case, interleaved; one unmeasured round comes first."""
     times: dict[str, list] = {name: [] for name in cases}
     for round_number in range(repeats + 1):
         for name, run in cases.items():
@@ -91,7 +96,7 @@ def timed(cases: dict[str, Callable[[], object]], repeats: int, device: str) -> 
 def operator_cases(
     x: torch.Tensor, y: torch.Tensor, labels: torch.Tensor
 ) -> dict[str, Callable[[], object]]:
-    """The operator's kernels on one input."""
+    """Return calls of the operator's kernels on one input."""
     kernels = native.resolve("auto", x.device, x.dtype)
     vocab_size = x.shape[1]
     final = kernels.merge_stats(
@@ -119,7 +124,7 @@ def operator_cases(
 def baseline_cases(
     x: torch.Tensor, y: torch.Tensor, labels: torch.Tensor, compiled: Callable | None
 ) -> dict[str, Callable[[], object]]:
-    """Copies of the same bytes and what torch offers."""
+    """Return copies of the same bytes, and what torch offers for the work."""
     to_x, to_y = torch.empty_like(x), torch.empty_like(y)
 
     def copy_three_halves() -> None:
@@ -141,7 +146,7 @@ def baseline_cases(
 
 
 def linear_cases(device: str) -> dict[str, Callable[[], object]]:
-    """The LM-head entrance, forward and backward, and its four GEMMs alone."""
+    """Return calls of the LM-head entrance, forward and backward, and of its four GEMMs alone."""
     num_tokens, hidden_size, vocab_size = (512, 1024, 32768) if device == "cpu" else LINEAR_CUDA
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     chunk = num_tokens // 2
@@ -198,7 +203,7 @@ def assert_same_outputs(x: torch.Tensor, y: torch.Tensor, labels: torch.Tensor) 
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list]]:
-    """Times of the gaussian input with its baselines, of the top-k by input, of the LM heads."""
+    """Time the gaussian input with its baselines, of the top-k by input, of the LM heads."""
     compiled = None if arguments.no_compile else torch.compile(eager_statistics)
     by_kind: dict[str, Callable[[], object]] = {}
     results = {}
@@ -223,7 +228,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list]]:
 
 
 def targets(results: dict[str, dict[str, list]], summary: Callable) -> list[tuple]:
-    """Rows of kernels.md section 5 that this benchmark decides: name, ratio, target."""
+    """Compute the rows of kernels.md section 5 decided here: name, ratio, target."""
     main = {name: summary(values) for name, values in results["gaussian"].items()}
     by_input = {name: summary(values) for name, values in results[BY_INPUT].items()}
     linear_times = {name: summary(values) for name, values in results["linear"].items()}
@@ -274,7 +279,7 @@ def machine(device: str) -> str:
 
 
 def write_plot(path: Path, results: dict[str, dict[str, list]], title: str) -> None:
-    """The first input's medians as bars; left out, with a line, where matplotlib is absent."""
+    """Draw the first input's medians as bars; without matplotlib, say so instead."""
     try:
         importlib.import_module("matplotlib").use("Agg")
         pyplot = importlib.import_module("matplotlib.pyplot")
@@ -303,14 +308,16 @@ def in_child(arguments: list[str], environment: dict[str, str]) -> dict[str, dic
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # pyright: ignore
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--tokens", type=int)
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
-    parser.add_argument("--out", type=Path, default=Path("docs/benchmarks"))
-    parser.add_argument("--json", action="store_true", help=argparse.SUPPRESS)
+    parser = tool_parser(SUMMARY, EXAMPLES)
+    add = parser.add_argument
+    add("--device", default="cpu", choices=("cpu", "cuda"))
+    add("--tokens", type=int, metavar="T", help="rows of logits (default 256; cuda: 4096)")
+    add("--vocab", type=int, metavar="V", default=151936, help="columns (default %(default)s)")
+    add("--repeats", type=int, metavar="N", default=20, help="timed rounds (default %(default)s)")
+    add("--no-compile", action="store_true", help="leave torch.compile out")
+    folder = "folder of table and plot (default %(default)s)"
+    add("--out", type=Path, metavar="DIR", default=Path("docs/evidence/benchmarks"), help=folder)
+    add("--json", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     arguments.tokens = arguments.tokens or {"cpu": 256, "cuda": 4096}[arguments.device]
     if arguments.json:

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vopd.run.terminal import (
+from megatron_vopd.run.terminal import PhaseBars, say
+from megatron_vopd.run.tool_options import (
     DIFFERENT,
     DTYPE_NAMES,
     OK,
-    ProgressBars,
-    run_tool,
-    say,
+    run_on_ranks,
     tool_parser,
 )
 
@@ -57,7 +56,7 @@ def check(options: argparse.Namespace) -> int:
     if get_world_size() != 1:
         raise LayoutError("check_conversion runs in one process; start it without torchrun")
     groups = student_groups(Layout(1))
-    with ProgressBars() as bars:
+    with PhaseBars() as bars:
         rows = conversion_check.check_tensors(
             options.hf_dir,
             options.other,
@@ -83,7 +82,7 @@ def check(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    return run_tool(lambda: check(options))
+    return run_on_ranks(lambda: check(options))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vopd.run.terminal import (
+from megatron_vopd.run.terminal import PhaseBars, say
+from megatron_vopd.run.tool_options import (
     DTYPE_NAMES,
     OK,
-    ProgressBars,
     add_conversion_options,
-    run_tool,
-    say,
+    run_on_ranks,
     tool_parser,
 )
 
@@ -52,7 +51,7 @@ def convert(options: argparse.Namespace) -> int:
     layout = Layout(get_world_size(), tp=options.tp, pp=options.pp, ep=options.ep)
     dtype = DTYPE_NAMES[options.dtype]
     groups = student_groups(layout)
-    with ProgressBars() as bars:
+    with PhaseBars() as bars:
         done = hf_to_megatron(
             options.hf_dir, options.out_dir, groups, dtype, options.verify, bars.begin
         )
@@ -65,7 +64,7 @@ def convert(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    return run_tool(lambda: convert(options))
+    return run_on_ranks(lambda: convert(options))
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_vopd.run.terminal import (
+from megatron_vopd.run.terminal import PhaseBars, say
+from megatron_vopd.run.tool_options import (
     DTYPE_NAMES,
     OK,
-    ProgressBars,
     add_conversion_options,
-    run_tool,
-    say,
+    run_on_ranks,
     tool_parser,
 )
 
@@ -59,7 +58,7 @@ def convert(options: argparse.Namespace) -> int:
     from megatron_vopd.types import Layout
 
     groups = student_groups(Layout(get_world_size()))
-    with ProgressBars() as bars:
+    with PhaseBars() as bars:
         done = megatron_to_hf(
             options.ckpt_dir,
             options.out_dir,
@@ -80,7 +79,7 @@ def convert(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    return run_tool(lambda: convert(options))
+    return run_on_ranks(lambda: convert(options))
 
 
 if __name__ == "__main__":

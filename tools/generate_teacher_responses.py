@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from megatron_vopd.run.terminal import DIFFERENT, MISTAKE, OK, tool_parser
+from megatron_vopd.run.terminal import counting_bar
+from megatron_vopd.run.tool_options import FAILED, OK, run_tool, tool_parser
 
 SUMMARY = """\
 Sample responses of a model to prompts with vLLM, and write them as JSONL that a run trains on:
@@ -21,7 +20,7 @@ Sample responses of a model to prompts with vLLM, and write them as JSONL that a
 
 Each line is the prompt's record with response_ids, response, finish_reason (stop, length) and the
 log-probs of the distribution sampled (temperature and nucleus applied, nats). OUT.jsonl appears
-when it is whole; until then OUT.jsonl.partial grows. Killed at any time, the same command goes on
+when it is whole; until then OUT.jsonl.partial grows. Killed at any time, the same command resumes
 where it was: no response is lost, none is there twice. OUT.jsonl.info.json says what the responses
 were made from; with another model, other prompts or other sampling the command is refused."""
 EXAMPLES = """\
@@ -75,7 +74,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def local(text: str) -> str:
-    """A path of a command line as settings write it: what is no hub id begins with ./ or /."""
+    """Return a command line's path as settings write it: what is no hub id begins with ./ or /."""
     is_id = text.count("/") == 1 and not text.endswith((".jsonl", ".parquet", "/"))
     is_relative = not text.startswith(("/", "./", "../", "~"))
     return f"./{text}" if is_relative and (os.path.exists(text) or not is_id) else text
@@ -87,7 +86,6 @@ def run(options: argparse.Namespace) -> int:
     from megatron_vopd.errors import EngineError
     from megatron_vopd.files.response_file import ResponseFile
     from megatron_vopd.run.teacher_responses import Job, generate, make_engine, plan, require_vllm
-    from megatron_vopd.run.terminal import progress_bar
 
     has_gpu = torch.cuda.is_available()
     device = options.device if options.device != "auto" else "cuda" if has_gpu else "cpu"
@@ -104,13 +102,13 @@ def run(options: argparse.Namespace) -> int:
             print(f"going on after {file.num_lines} of {total} responses", flush=True)
         engine = make_engine(made)
         try:
-            with progress_bar("responses") as show:
+            with counting_bar("responses") as show:
                 generate(made, file, engine, lambda done: show(done, total))
         except (EngineError, KeyboardInterrupt) as error:
             what = "interrupted" if isinstance(error, KeyboardInterrupt) else str(error)
-            left = f"{file.num_lines} of {total} responses are safe; the same command goes on"
+            left = f"{file.num_lines} of {total} responses are safe; the same command resumes"
             print(f"{what}; {left}".replace("\n", " "), file=sys.stderr, flush=True)
-            return DIFFERENT
+            return FAILED
         finally:
             engine.close()
     with suppress(FileNotFoundError):
@@ -121,15 +119,7 @@ def run(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
-    warnings.filterwarnings("ignore")
-    logging.disable(logging.WARNING)
-    from megatron_vopd.errors import UserError
-
-    try:
-        return run(options)
-    except UserError as error:
-        print(str(error).replace("\n", " "), file=sys.stderr, flush=True)
-        return MISTAKE
+    return run_tool(lambda: run(options))
 
 
 if __name__ == "__main__":

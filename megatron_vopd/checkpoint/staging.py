@@ -18,7 +18,7 @@ from megatron_vopd.files.atomic_folder import Staging, check_destination, stagin
 SLACK_BYTES = 64 * 2**20
 
 # Begins a phase of so many bytes by its name; the returned function counts the bytes done.
-Progress = Callable[[str, int], Callable[[int], None]]
+PhaseProgress = Callable[[str, int], Callable[[int], None]]
 
 
 def no_progress(_phase: str, _total: int) -> Callable[[int], None]:

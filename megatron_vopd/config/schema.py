@@ -1,4 +1,4 @@
-"""Every setting: its section, type, range, default and meaning. The README's table comes from here.
+"""Every setting: its section, type, range, default and meaning (docs/guide/configuration.md).
 
 A section validates its own values when it is built; conditions between keys are in rules.
 Types are strict: no text for numbers, no numbers for text, no NaN and no infinity.
@@ -256,6 +256,12 @@ class Config(Section):
     def scores_with_teacher(self) -> bool:
         """False for `estimator: hard`, which needs labels only."""
         return self.objective.estimator != "hard"
+
+    @property
+    def model_paths(self) -> dict[str, str]:
+        """Key of each model that the run needs -> its path or hub id; the student is first."""
+        teachers = self.named_teachers if self.scores_with_teacher else {}
+        return {"student": self.student.path} | {key: t.path for key, t in teachers.items()}
 
     @property
     def has_rollouts(self) -> bool:

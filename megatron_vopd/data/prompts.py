@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, cast
 
-from megatron_vopd.config.schema import Config, StudentSection
+from megatron_vopd.config.schema import DataSection, StudentSection
 from megatron_vopd.data.records import (
     EVALUATION_SPLITS,
     TRAINING_SPLITS,
@@ -26,7 +26,6 @@ from megatron_vopd.data.records import (
 )
 from megatron_vopd.data.stream import PromptStream, split_held_out
 from megatron_vopd.errors import Problem, shown
-from megatron_vopd.hf.hub import local_model_folder
 from megatron_vopd.types import Prompt, is_local_path
 
 if TYPE_CHECKING:
@@ -53,11 +52,14 @@ class PromptTokenizer:
     _pool: dict[int, int] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
-    def of(cls, student: StudentSection) -> PromptTokenizer:
-        """Of the student's section; raises DataError for a model without tokenizer or template."""
+    def of(cls, folder: str, student: StudentSection) -> PromptTokenizer:
+        """Read the tokenizer of a local model folder, and the template that `student` asks for.
+
+        Raises:
+            DataError: a model without tokenizer or template.
+        """
         from transformers import AutoTokenizer
 
-        folder = local_model_folder(student.path, "student.path", weights=False)
         try:
             tokenizer = AutoTokenizer.from_pretrained(
                 folder, trust_remote_code=False, local_files_only=True
@@ -104,9 +106,12 @@ class PromptTokenizer:
         batch = self.tokenizer(list(texts), add_special_tokens=plain, verbose=False)
         return cast(list[list[int]], batch["input_ids"])
 
-    def prompt_ids(self, records: Sequence[Record], config: Config) -> list[tuple[int, ...]]:
-        """Token ids of the records' prompts; raises DataError naming the record."""
-        name = config.data.prompt_field
+    def prompt_ids(self, records: Sequence[Record], name: str) -> list[tuple[int, ...]]:
+        """Tokenize the records' prompts, which stand in the field `name`.
+
+        Raises:
+            DataError: naming the record.
+        """
         texts = [
             self.rendered(conversation_of(record, name), f"{record.name} {name}")
             for record in records
@@ -173,33 +178,47 @@ class Prompts:
 def load_prompts(
     path: str,
     key: str,
-    config: Config,
+    fields: DataSection,
     tokenizer: PromptTokenizer,
-    evaluation: bool = False,
+    teachers: Sequence[str],
+    needs_answer: bool,
 ) -> Prompts:
-    """The prompts at `path`.
+    """Read the training prompts at `path`.
 
     Args:
         key: the setting that holds `path`, for messages.
-        evaluation: take the test split, and require a reference answer.
+        fields: names of a record's fields, and the longest prompt.
+        teachers: keys of the configured teachers.
+        needs_answer: require a reference answer of every record.
 
     Raises:
         DataError: a record that cannot be used, or no prompt left.
     """
-    splits = EVALUATION_SPLITS if evaluation else TRAINING_SPLITS
-    needs_answer = evaluation or config.objective.task_reward_weight > 0
+    return _read_prompts(path, key, fields, tokenizer, TRAINING_SPLITS, teachers, needs_answer)
+
+
+def _read_prompts(
+    path: str,
+    key: str,
+    fields: DataSection,
+    tokenizer: PromptTokenizer,
+    splits: tuple[str, ...],
+    teachers: Sequence[str],
+    needs_answer: bool,
+) -> Prompts:
     prompts: list[Prompt] = []
     num_records = 0
     for batch in batches(read_records(path, key, splits)):
         num_records += len(batch)
-        for record, ids in zip(batch, tokenizer.prompt_ids(batch, config), strict=True):
-            if len(ids) <= config.data.max_prompt_tokens:
-                answer = answer_of(record, config.data.answer_field, needs_answer)
-                # No teacher scores what is evaluated.
-                teacher = "teacher" if evaluation else teacher_of(record, config)
+        for record, ids in zip(
+            batch, tokenizer.prompt_ids(batch, fields.prompt_field), strict=True
+        ):
+            if len(ids) <= fields.max_prompt_tokens:
+                answer = answer_of(record, fields.answer_field, needs_answer)
+                teacher = teacher_of(record, fields.teacher_field, teachers)
                 prompts.append(Prompt(record.name, ids, answer, teacher))
     if not prompts:
-        longest = config.data.max_prompt_tokens
+        longest = fields.max_prompt_tokens
         got = f"{num_records or 'no'} records"
         got += f", all longer than {longest} tokens" if num_records else ""
         remedy = "raise data.max_prompt_tokens" if num_records else "give a file with records"
@@ -216,15 +235,20 @@ class TrainingPrompts:
     num_too_long: int
 
 
-def load_training_prompts(config: Config, tokenizer: PromptTokenizer) -> TrainingPrompts:
-    """`data.train`, with prompts held out when the curriculum measures entropy on them."""
-    if config.data.train is None:
+def load_training_prompts(
+    data: DataSection,
+    tokenizer: PromptTokenizer,
+    teachers: Sequence[str],
+    needs_answer: bool,
+    num_held_out: int,
+    seed: int,
+) -> TrainingPrompts:
+    """Read `data.train`, with `num_held_out` prompts held out (for the curriculum's entropy)."""
+    if data.train is None:
         raise DataError("data.train", "nothing", "prompts", "set it to a path or hub id")
-    read = load_prompts(config.data.train, "data.train", config, tokenizer)
-    gated = config.curriculum.kind == "entropy_gated"
-    num_held_out = config.curriculum.held_out_prompts if gated else 0
-    training, held_out = split_held_out(read.prompts, num_held_out, config.run.seed)
-    return TrainingPrompts(PromptStream(training, config.run.seed), held_out, read.num_too_long)
+    read = load_prompts(data.train, "data.train", data, tokenizer, teachers, needs_answer)
+    training, held_out = split_held_out(read.prompts, num_held_out, seed)
+    return TrainingPrompts(PromptStream(training, seed), held_out, read.num_too_long)
 
 
 def evaluation_paths(evaluation: str | dict[str, str] | None) -> dict[str, str]:
@@ -235,17 +259,17 @@ def evaluation_paths(evaluation: str | dict[str, str] | None) -> dict[str, str]:
     return {name.removesuffix(".jsonl").removesuffix(".parquet") or "evaluation": evaluation}
 
 
-def evaluation_problems(config: Config) -> list[Problem]:
-    """The first mistake in each local data set of `data.evaluation`, without a tokenizer."""
+def evaluation_problems(data: DataSection) -> list[Problem]:
+    """Find the first mistake in each local data set of `data.evaluation`, without a tokenizer."""
     problems = []
-    for task, path in evaluation_paths(config.data.evaluation).items():
-        if not (config.evaluates and is_local_path(path)):
+    for task, path in evaluation_paths(data.evaluation).items():
+        if not is_local_path(path):
             continue
         key, is_empty = f"data.evaluation.{task}", True
         try:
             for record in read_records(path, key, EVALUATION_SPLITS):
-                conversation_of(record, config.data.prompt_field)
-                answer_of(record, config.data.answer_field, True)
+                conversation_of(record, data.prompt_field)
+                answer_of(record, data.answer_field, True)
                 is_empty = False
             if is_empty:
                 raise DataError(key, "no records", "at least one problem", "give a file with some")
@@ -254,9 +278,14 @@ def evaluation_problems(config: Config) -> list[Problem]:
     return problems
 
 
-def load_evaluation_prompts(config: Config, tokenizer: PromptTokenizer) -> dict[str, Prompts]:
-    """The problems of each task of `data.evaluation`, every one with its reference answer."""
+def load_evaluation_prompts(data: DataSection, tokenizer: PromptTokenizer) -> dict[str, Prompts]:
+    """Read the problems of each task of `data.evaluation`, every one with its reference answer.
+
+    No teacher scores what is evaluated.
+    """
     return {
-        task: load_prompts(path, f"data.evaluation.{task}", config, tokenizer, evaluation=True)
-        for task, path in evaluation_paths(config.data.evaluation).items()
+        task: _read_prompts(
+            path, f"data.evaluation.{task}", data, tokenizer, EVALUATION_SPLITS, (), True
+        )
+        for task, path in evaluation_paths(data.evaluation).items()
     }

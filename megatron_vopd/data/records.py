@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vopd.config.schema import Config
 from megatron_vopd.errors import Problem, UserError, shown
 from megatron_vopd.types import is_local_path
 
@@ -278,10 +277,16 @@ def answer_of(record: Record, field: str, needed: bool) -> str | None:
     raise DataError(where, shown(value), expected, "correct the record")
 
 
-def teacher_of(record: Record, config: Config) -> str:
-    """Key of the teacher that scores the record; raises DataError for an unknown name."""
-    keys = list(config.named_teachers)
-    field = config.data.teacher_field
+def teacher_of(record: Record, field: str | None, keys: Sequence[str]) -> str:
+    """Return the key of the teacher that scores the record.
+
+    Args:
+        field: `data.teacher_field`, which names the teacher where there are several.
+        keys: of the configured teachers.
+
+    Raises:
+        DataError: an unknown name.
+    """
     if len(keys) < 2 or field is None:
         return keys[0] if keys else "teacher"
     name = record.fields.get(field)

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from megatron_vopd.config.schema import Config
+from megatron_vopd.config.schema import DataSection
 from megatron_vopd.data.prompts import PromptTokenizer, batches
 from megatron_vopd.data.records import DataError, Record, answer_of, read_records, teacher_of
 from megatron_vopd.errors import shown
@@ -28,16 +28,18 @@ class Responses:
 
 
 def load_responses(
-    config: Config,
+    data: DataSection,
     tokenizer: PromptTokenizer,
+    teachers: Sequence[str],
     stop_ids: Sequence[int],
     context: int,
     vocab_size: int | None = None,
 ) -> Responses:
-    """`data.responses` as rollouts that no engine sampled (no log-probs, policy version -1).
+    """Read `data.responses` as rollouts that no engine sampled (no log-probs, version -1).
 
     Args:
-        stop_ids: of `stop_ids.stop_ids`; a text that stops gets the tokenizer's own end if it is
+        teachers: keys of the configured teachers.
+        stop_ids: ids that end a response; a text that stops gets the tokenizer's own end if it is
             one of them, else the first.
         context: most tokens that prompt and response may have together.
         vocab_size: of the models: ids are below it; None: the tokenizer's.
@@ -46,7 +48,7 @@ def load_responses(
         DataError: a record without response, with a wrong type or id, longer than `context`, or
             generated for other prompt ids than the student's template gives.
     """
-    path, key = config.data.responses, "data.responses"
+    path, key = data.responses, "data.responses"
     if path is None:
         raise DataError(key, "nothing", "ready responses", "set it to a path or hub id")
     rollouts: list[Rollout] = []
@@ -54,11 +56,12 @@ def load_responses(
     vocab_size = vocab_size or len(tokenizer.tokenizer)
     for batch in batches(read_records(path, key)):
         num_records += len(batch)
-        for record, ids in zip(batch, tokenizer.prompt_ids(batch, config), strict=True):
-            if len(ids) > config.data.max_prompt_tokens:
+        for record, ids in zip(batch, tokenizer.prompt_ids(batch, data.prompt_field), strict=True):
+            if len(ids) > data.max_prompt_tokens:
                 continue
-            answer = answer_of(record, config.data.answer_field, False)
-            prompt = Prompt(record.name, ids, answer, teacher_of(record, config))
+            answer = answer_of(record, data.answer_field, False)
+            teacher = teacher_of(record, data.teacher_field, teachers)
+            prompt = Prompt(record.name, ids, answer, teacher)
             _require_same_prompt(record, ids)
             rollouts.append(_ready(record, prompt, tokenizer, stop_ids, context, vocab_size))
     if not rollouts:

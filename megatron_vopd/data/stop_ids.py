@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_vopd.config.schema import Config
 from megatron_vopd.errors import refusal
-from megatron_vopd.hf.folder import read_model_folder
-from megatron_vopd.hf.hub import local_model_folder
+from megatron_vopd.hf.folder import ModelFolder
 
 _SETTING = "data.eos_contract"
 
@@ -50,19 +48,13 @@ def agreed_stop_ids(
     return tuple(sorted(chosen))
 
 
-def stop_ids(config: Config) -> tuple[int, ...]:
-    """`agreed_stop_ids` of the configured models.
+def stop_ids(contract: str | None, models: Mapping[str, ModelFolder]) -> tuple[int, ...]:
+    """Return the ids that stop a response, ascending, agreed between the models of a run.
 
     Each model's own ids come from generation_config.json, else config.json, else its tokenizer.
+
+    Args:
+        models: the student, and by its key each teacher that scores.
     """
-    teachers = config.named_teachers if config.scores_with_teacher else {}
-
-    def ids_of(path: str, key: str) -> frozenset[int]:
-        folder = local_model_folder(path, f"{key}.path", weights=False)
-        return read_model_folder(folder).eos_ids
-
-    return agreed_stop_ids(
-        config.data.eos_contract,
-        ids_of(config.student.path, "student"),
-        {key: ids_of(teacher.path, key) for key, teacher in teachers.items()},
-    )
+    ids = {key: model.eos_ids for key, model in models.items()}
+    return agreed_stop_ids(contract, ids.pop("student"), ids)

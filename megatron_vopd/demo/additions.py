@@ -27,7 +27,7 @@ ALPHABET = "0123456789+=\n"
 
 @dataclass(frozen=True)
 class Addition:
-    """left + right, both of the same number of digits."""
+    """The problem left + right, both of the same number of digits."""
 
     left: int
     right: int
@@ -53,17 +53,17 @@ class Addition:
 
 
 def longest_response_tokens(digits: int) -> int:
-    """Of an addition of so many digits, the end-of-sequence id included."""
+    """Return the tokens of the longest correct response, the end-of-sequence id included."""
     return 9 * digits + (digits + 1) + 1
 
 
 def longest_prompt_tokens(digits: int) -> int:
-    """Two numbers and two signs."""
+    """Return the tokens of a prompt: two numbers and two signs."""
     return 2 * digits + 2
 
 
 def additions(number: int, digits: int, seed: int) -> list[Addition]:
-    """`number` different problems in random order, the same for the same arguments.
+    """Draw `number` different problems in random order; equal arguments give equal problems.
 
     Args:
         digits: of both numbers, which do not begin with 0.
@@ -91,7 +91,7 @@ def additions(number: int, digits: int, seed: int) -> list[Addition]:
 
 
 def save_problems(path: Path, problems: Iterable[Addition], with_response: bool) -> None:
-    """JSON lines with `prompt`, `answer` and, where asked for, `response`."""
+    """Write JSON lines with `prompt`, `answer` and, where asked for, `response`."""
     lines = []
     for problem in problems:
         record = {"prompt": problem.prompt, "answer": problem.answer}
@@ -102,7 +102,7 @@ def save_problems(path: Path, problems: Iterable[Addition], with_response: bool)
 
 
 def save_data(folder: Path, num_training: int, num_evaluation: int, digits: int, seed: int) -> None:
-    """`train.jsonl` (with responses) and `evaluation.jsonl`, without a problem in common."""
+    """Write `train.jsonl` (with responses) and `evaluation.jsonl`, without a problem in common."""
     problems = additions(num_training + num_evaluation, digits, seed)
     folder.mkdir(parents=True, exist_ok=True)
     save_problems(folder / "train.jsonl", problems[num_evaluation:], with_response=True)

@@ -9,8 +9,8 @@
     opd         the same without the baseline, where a comparison is asked for
     check       vLLM started afresh on the exported student
 
-Every run is the training command with a file of examples/arithmetic and the overrides that it says.
-What is complete in the folder is not made again.
+Every run is the training command with a file of examples/arithmetic and the overrides of `_stage`.
+A stage that is complete in the folder is not made again.
 """
 
 from __future__ import annotations
@@ -39,10 +39,11 @@ from megatron_vopd.demo.stages import Stage, StageError, configured_steps, expor
 from megatron_vopd.errors import EngineError, GradingError, UserError
 from megatron_vopd.rollout.vllm.fresh_sampler import greedy_texts
 from megatron_vopd.run.folder import hf_dir
+from megatron_vopd.run.launch import ONE_MACHINE, Launch
 from megatron_vopd.types import Prompt
 
 OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-CONFIGS = Path(__file__).parents[1] / "examples" / "arithmetic"
+CONFIGS = Path(__file__).parents[2] / "examples" / "arithmetic"
 SETTINGS_NAME, SIZES_NAME, RESULTS_NAME = "demo.json", "sizes.json", "results.json"
 PLOT_NAME = "plot.png"
 
@@ -71,7 +72,7 @@ MAX_OFF_BY = 2
 
 @dataclass(frozen=True)
 class DemoSettings:
-    """What is made. A folder belongs to one set of these, but for `compare`.
+    """Sizes and steps of a demo. A folder belongs to one set of them, but for `compare`.
 
     Attributes:
         digits: of the numbers added.
@@ -92,13 +93,13 @@ class DemoSettings:
     models_only: bool = False
 
     def identity(self) -> dict[str, Any]:
-        """JSON values."""
+        """Return the settings that a folder belongs to, as JSON values."""
         how_much = ("out", "compare", "models_only")
         return {key: value for key, value in asdict(self).items() if key not in how_much}
 
 
 def run_demo(settings: DemoSettings, fresh: bool = False) -> int:
-    """Everything, with headings; returns the exit status: 0 only when every bar was met.
+    """Make everything under headings; returns the exit status: 0 only when every bar was met.
 
     Args:
         fresh: remove what an earlier demo left in the folder.
@@ -120,7 +121,7 @@ def run_demo(settings: DemoSettings, fresh: bool = False) -> int:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
+        print("interrupted; the same command resumes from here", file=sys.stderr)
         return INTERRUPTED
     print(f"\n{table(results)}\n")
     for bar in results.bars:
@@ -145,7 +146,7 @@ def _require_packages() -> None:
 
 
 def _prepare(settings: DemoSettings, fresh: bool) -> None:
-    """The demo's folder, made or recognised; raises UserError for a folder that is not its own."""
+    """Make or recognise the demo's folder; raises UserError for a folder that is not its own."""
     out, own = settings.out, settings.out / SETTINGS_NAME
     wanted = settings.identity()
     if own.is_file():
@@ -180,7 +181,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _make_models(settings: DemoSettings) -> None:
-    """Data, the teacher, and where distillation starts."""
+    """Make the data, the teacher, and the model from which distillation starts."""
     out, stages = settings.out, _stages(settings)
     _shown("data and models", lambda: _save_inputs(settings), (out / SIZES_NAME).is_file())
     for name in ("teacher", "start"):
@@ -190,7 +191,7 @@ def _make_models(settings: DemoSettings) -> None:
 
 
 def _distilled(settings: DemoSettings) -> Results:
-    """Every distillation, the check, and what came of them all."""
+    """Make and check the distillations; returns the results, which are also written and drawn."""
     out, stages = settings.out, _stages(settings)
     runs = {name: stages[name] for name in _BASELINES if name in stages}
     for name, stage in runs.items():
@@ -217,7 +218,7 @@ def _show_run(name: str, stage: Stage) -> None:
 
 
 def _shown(title: str, action: Callable[[], Any], is_done: bool = False) -> Any:
-    """Do it under a heading, unless it is done."""
+    """Call `action` under a heading, unless it is done; returns its value."""
     print(f"\n== {title}", flush=True)
     if is_done:
         print("complete, from an earlier start", flush=True)
@@ -229,7 +230,7 @@ def _shown(title: str, action: Callable[[], Any], is_done: bool = False) -> Any:
 
 
 def _save_inputs(settings: DemoSettings) -> None:
-    """Data, tokenizer and models with random weights; the file with their sizes comes last."""
+    """Write data, tokenizers and random models; the file with their sizes comes last."""
     out, seed, digits = settings.out, settings.seed, settings.digits
     save_data(out / "data", settings.num_training, settings.num_evaluation, digits, seed)
     context = max(MIN_CONTEXT, longest_prompt_tokens(digits) + _longest_response(digits))
@@ -274,7 +275,7 @@ def _longest_response(digits: int) -> int:
 
 
 def _stages(settings: DemoSettings) -> dict[str, Stage]:
-    """Name -> run, in the order in which they are made."""
+    """Return name -> run, in the order in which they are made."""
     models = settings.out / "models"
     teacher = _stage(settings, "teacher", 2, settings.teacher_steps, models / "teacher")
     start = _stage(settings, "start", 2, settings.start_steps, models / "student")
@@ -322,12 +323,14 @@ def _stage(
         steps = configured_steps(path)
     else:
         overrides.append(f"optimizer.warmup_steps={max(steps, 0) // 20}")
+    overrides += [f"train.steps={steps}", *more]
+    # Asked for: a demo needs one machine's settings, whatever its shell has for other runs.
     run_dir = out / (run_name or name)
-    return Stage(path, (*overrides, *more), num_ranks, run_dir, steps)
+    return Stage(Launch(path, tuple(overrides), num_ranks, run_dir, ONE_MACHINE), steps)
 
 
 def _fresh(settings: DemoSettings, export: Path) -> int:
-    """How many problems the exported student answers rightly, text in and text out."""
+    """Count the problems that the exported student answers rightly in a fresh vLLM, by text."""
     path = settings.out / "data" / "evaluation.jsonl"
     records = [json.loads(line) for line in path.read_text(encoding="ascii").splitlines()]
     longest = _longest_response(settings.digits)

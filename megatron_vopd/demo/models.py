@@ -35,7 +35,7 @@ def save_tokenizer(folder: Path, alphabet: str) -> int:
 def save_model(
     folder: Path, alphabet: str, seed: int, hidden_size: int, num_layers: int, context: int
 ) -> int:
-    """A Qwen3 model as transformers initialises it; returns its number of parameters.
+    """Write a Qwen3 model as transformers initialises it; returns its number of parameters.
 
     Args:
         hidden_size: a multiple of 32; as many heads as 32 goes into it.
@@ -70,7 +70,7 @@ def save_model(
 
 
 def share_right(folder: Path, problems: Sequence[Addition], max_new_tokens: int) -> float:
-    """Share of problems that a model answers with the right sum, greedily, by transformers, 0 to 1.
+    """Return the share of right sums, 0 to 1, in greedy answers of a model under transformers.
 
     Args:
         problems: all of as many digits, so that their prompts are of one length.

@@ -1,4 +1,4 @@
-"""What the demo shows in the end: a table, and curves of its runs in one picture."""
+"""Results of the demo: a table, and curves of its runs in one picture."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _WINDOW = 5
 
 @dataclass(frozen=True)
 class Bar:
-    """Something that must hold, in words with the figures, and whether it does."""
+    """A requirement that must hold, in words with the figures, and whether it does."""
 
     text: str
     is_met: bool
@@ -55,7 +55,7 @@ class Results:
 
 
 def table(results: Results) -> str:
-    """Rows of model, parameters, share of right answers, and points gained."""
+    """Format rows of model, parameters, share of right answers, and points gained."""
     teacher, student = results.parameters["teacher"], results.parameters["student"]
     rows = [
         ("model", "parameters", "right", "gain"),
@@ -74,7 +74,7 @@ def table(results: Results) -> str:
 
 
 def smoothed(values: list[float], window: int = _WINDOW) -> list[float]:
-    """Means over up to `window` values around each."""
+    """Return means over up to `window` values around each."""
     half = window // 2
     around = [values[max(0, i - half) : i + half + 1] for i in range(len(values))]
     return [sum(some) / len(some) for some in around]
@@ -83,7 +83,7 @@ def smoothed(values: list[float], window: int = _WINDOW) -> list[float]:
 def save_plot(
     run_dirs: Mapping[str, Path], accuracies: Mapping[str, Mapping[int, float]], path: Path
 ) -> None:
-    """A picture of accuracy, KL, variance ratio and length over steps, a line per run."""
+    """Draw a picture of accuracy, KL, variance ratio and length over steps, a line per run."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(9, 5.6), layout="constrained")

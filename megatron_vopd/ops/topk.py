@@ -15,7 +15,7 @@ TAIL_FLOOR = 1e-7
 def summarize(
     student_TK: Tensor, teacher_TK: Tensor, final: Tensor, temperature: float, covers_all: Tensor
 ) -> Tensor:
-    """Statistics over the set S of the top-k (algorithms.md section 1, `topk` and `topk_tail`).
+    """Statistics over the set S of the top-k (method.md section 1, `topk` and `topk_tail`).
 
     Args:
         student_TK: [T, K] student logits of S, before the temperature.

@@ -6,6 +6,8 @@ a Problem (refused) or a Notice.
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from megatron_vopd.config.notices import notices as config_notices
@@ -21,39 +23,53 @@ from megatron_vopd.types import Layout, is_local_path
 class Findings:
     """What a check found; `cuts` holds the layouts by model, and is empty when they do not fit.
 
-    `facts` are the shapes of the models that could be read.
+    `models` are those that could be read, by key.
     """
 
     problems: list[Problem] = field(default_factory=list)
     notices: list[Notice] = field(default_factory=list)
     cuts: dict[str, Layout] = field(default_factory=dict)
-    facts: dict[str, ModelFacts] = field(default_factory=dict)
+    models: dict[str, ModelFolder] = field(default_factory=dict)
+
+    @property
+    def facts(self) -> dict[str, ModelFacts]:
+        """Shapes of the models, by key."""
+        return {key: model.facts for key, model in self.models.items()}
 
 
-def preflight(config: Config, world_size: int) -> Findings:
-    """Every problem and notice of `config` on `world_size` ranks."""
+def preflight(
+    config: Config, world_size: int, models: Mapping[str, ModelFolder] | None = None
+) -> Findings:
+    """Find every problem and notice of `config` on `world_size` ranks.
+
+    Args:
+        models: all models of the run, where they were read already; None reads the local ones.
+    """
     findings = Findings(world_problems(config, world_size), config_notices(config))
     if not cut_problems(config, world_size):
         findings.cuts = layouts(config, world_size)
-    models = _read_models(config, findings)
-    findings.facts = {key: model.facts for key, model in models.items()}
+    if models is None:
+        models = _read_models(config.model_paths, findings)
+    findings.models = dict(models)
+    prompt, contract = config.data.max_prompt_tokens, config.data.eos_contract
+    longest = {"curriculum.ladder": config.max_response_tokens}
+    evaluated = {"evaluation.max_tokens": config.evaluation.max_tokens} if config.evaluates else {}
     for key, model in models.items():
         if key in findings.cuts:
-            findings.problems += _layout_problems(config, key, model, findings.cuts[key])
-        findings.problems += _context_problems(config, key, model)
-        findings.problems += _engine_problems(config, key, model)
+            parallel = config.parallel.sequence_parallel
+            findings.problems += _layout_problems(key, model, findings.cuts[key], parallel)
+        responses = longest | (evaluated if key == "student" else {})
+        findings.problems += _context_problems(key, model, prompt, responses)
+        findings.problems += _engine_problems(key, model, config.rollout.tp)
         findings.problems += _id_problems(key, model)
         if key != "student" and "student" in models:
-            _compare(config, key, models["student"], model, findings)
-    findings.problems += _contract_problems(config, models)
+            _compare(key, models["student"], model, contract, findings)
+    findings.problems += _contract_problems(contract, models)
     return findings
 
 
-def _read_models(config: Config, findings: Findings) -> dict[str, ModelFolder]:
-    """Key -> facts of every local model that can be read; what cannot is added to `findings`."""
-    paths = {"student": config.student.path}
-    if config.scores_with_teacher:
-        paths |= {key: teacher.path for key, teacher in config.named_teachers.items()}
+def _read_models(paths: Mapping[str, str], findings: Findings) -> dict[str, ModelFolder]:
+    """Read every local model that can be read; add what cannot to `findings`."""
     models: dict[str, ModelFolder] = {}
     for key, path in paths.items():
         if not is_local_path(path):
@@ -61,7 +77,7 @@ def _read_models(config: Config, findings: Findings) -> dict[str, ModelFolder]:
             findings.notices.append(Notice(f"{key}.path", text))
             continue
         try:
-            models[key] = read_model_folder(path)
+            models[key] = read_model_folder(os.path.expanduser(path))
         except ModelError as error:
             expected = "a supported model folder"
             findings.problems.append(Problem(f"{key}.path", shown(path), expected, str(error)))
@@ -73,11 +89,12 @@ def _read_models(config: Config, findings: Findings) -> dict[str, ModelFolder]:
     return models
 
 
-def _layout_problems(config: Config, key: str, model: ModelFolder, layout: Layout) -> list[Problem]:
+def _layout_problems(
+    key: str, model: ModelFolder, layout: Layout, sequence_parallel: bool
+) -> list[Problem]:
     trained = key == "student"
     section = "parallel" if trained else key
-    parallel = trained and config.parallel.sequence_parallel
-    reasons = layout_problems(model.facts, layout, trained, parallel)
+    reasons = layout_problems(model.facts, layout, trained, trained and sequence_parallel)
     problems = []
     for reason in reasons:
         axis = reason.partition("=")[0]
@@ -87,11 +104,10 @@ def _layout_problems(config: Config, key: str, model: ModelFolder, layout: Layou
     return problems
 
 
-def _context_problems(config: Config, key: str, model: ModelFolder) -> list[Problem]:
-    prompt = config.data.max_prompt_tokens
-    longest = {"curriculum.ladder": config.max_response_tokens}
-    if key == "student" and config.evaluates:
-        longest["evaluation.max_tokens"] = config.evaluation.max_tokens
+def _context_problems(
+    key: str, model: ModelFolder, prompt: int, longest: Mapping[str, int]
+) -> list[Problem]:
+    """Compare the longest prompt and response (setting -> tokens) with the model's context."""
     return [
         Problem(
             setting,
@@ -104,8 +120,8 @@ def _context_problems(config: Config, key: str, model: ModelFolder) -> list[Prob
     ]
 
 
-def _engine_problems(config: Config, key: str, model: ModelFolder) -> list[Problem]:
-    heads, tp = model.facts.num_heads, config.rollout.tp
+def _engine_problems(key: str, model: ModelFolder, tp: int) -> list[Problem]:
+    heads = model.facts.num_heads
     if key != "student" or heads % tp == 0:
         return []
     remedy = "lower rollout.tp to a divisor of the heads"
@@ -129,7 +145,11 @@ def _id_problems(key: str, model: ModelFolder) -> list[Problem]:
 
 
 def _compare(
-    config: Config, key: str, student: ModelFolder, teacher: ModelFolder, findings: Findings
+    key: str,
+    student: ModelFolder,
+    teacher: ModelFolder,
+    contract: str | None,
+    findings: Findings,
 ) -> None:
     """Tokenizer, end-of-sequence ids and chat template of one teacher against the student."""
     if student.vocabulary is None or teacher.vocabulary is None:
@@ -141,7 +161,7 @@ def _compare(
         sizes = f"{student.facts.vocab_size} and {teacher.facts.vocab_size}"
         text = f"vocab_size of student and teacher differ ({sizes}); the common ids are compared"
         findings.notices.append(Notice(f"{key}.path", text))
-    if student.eos_ids != teacher.eos_ids and config.data.eos_contract is None:
+    if student.eos_ids != teacher.eos_ids and contract is None:
         got = f"EOS ids {sorted(student.eos_ids)} (student), {sorted(teacher.eos_ids)} ({key})"
         findings.problems.append(
             Problem(
@@ -180,9 +200,8 @@ def _vocabulary_problems(
     return [Problem(f"{key}.path", got, "the student's tokenizer", remedy)]
 
 
-def _contract_problems(config: Config, models: dict[str, ModelFolder]) -> list[Problem]:
+def _contract_problems(contract: str | None, models: Mapping[str, ModelFolder]) -> list[Problem]:
     """The contract must name one set of EOS ids, and that set must not be empty."""
-    contract = config.data.eos_contract
     teachers = {model.eos_ids for key, model in models.items() if key != "student"}
     if contract == "teacher" and len(teachers) > 1:
         remedy = "set data.eos_contract=union"

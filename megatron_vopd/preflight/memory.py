@@ -23,10 +23,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
-from megatron_vopd.config.schema import Config, TeacherSection
+from megatron_vopd.config.schema import Config, StudentSection, TeacherSection
 from megatron_vopd.hf.facts import ModelFacts, kv_repeat
 from megatron_vopd.hf.mapping import hf_shape, layer_units, shard_parameters
-from megatron_vopd.preflight.activations import Kind, LayerMemory, layer_memory
+from megatron_vopd.preflight.activations import Kind, LayerMemory, Recompute, layer_memory
 from megatron_vopd.types import LOSS_CHUNK, Coordinates, Layout
 
 GRADIENT_SIZE = MOMENT_SIZE = MASTER_SIZE = LOGIT_SIZE = 4
@@ -121,6 +121,15 @@ class _Model:
         return self.facts.num_layers // self.layout.pp
 
 
+@dataclass(frozen=True)
+class _Student(_Model):
+    """The model in training, and the settings that decide what its training keeps."""
+
+    sequence_parallel: bool
+    recompute: Recompute
+    distributed: bool
+
+
 @cache
 def _numbers(facts: ModelFacts, layout: Layout, stage: int, repeat: int) -> tuple[int, int, int]:
     place = Coordinates(tp=0, cp=0, dp=0, pp=stage, ep=0)
@@ -142,12 +151,17 @@ def estimate(
         facts: of `student` and of each scoring teacher by its key.
         layouts: of the same models, from `config.world.layouts`.
     """
-    student = _model(config.student.dtype, facts["student"], layouts["student"], machine, config)
+    model = (facts["student"], layouts["student"], machine)
+    cut, split = config.parallel.sequence_parallel, config.optimizer.distributed
+    student = _student(config.student, *model, cut, split)
     teachers = {
-        key: (_model(section.dtype, facts[key], layouts[key], machine), section)
+        key: (_teacher(section.dtype, facts[key], layouts[key], machine), section)
         for key, section in config.named_teachers.items()
         if key in layouts
     }
+    work = workload(config, student.layout.dp)
+    is_local = machine.kind != "cpu" and config.rollout.engine == "local"
+    engine = config.rollout.memory_fraction * machine.memory if is_local else 0.0
     ranks = []
     known: dict[tuple, RankMemory] = {}
     for rank in range(student.layout.world_size):
@@ -155,30 +169,42 @@ def estimate(
         stages = tuple(model.layout.coordinates(rank).pp for model, _ in teachers.values())
         key = (place.pp, place.is_leader, stages)
         if key not in known:
-            known[key] = _rank_memory(config, student, teachers, machine, rank)
+            known[key] = _rank_memory(student, teachers, work, machine, engine, rank)
         ranks.append(replace(known[key], rank=rank, place=place))
     return ranks
 
 
-def _model(
-    dtype: str, facts: ModelFacts, layout: Layout, machine: Machine, trained: Config | None = None
-) -> _Model:
+def _student(
+    section: StudentSection,
+    facts: ModelFacts,
+    layout: Layout,
+    machine: Machine,
+    parallel: bool,
+    distributed: bool,
+) -> _Student:
+    size = _ITEM_SIZES[section.dtype]
+    layer = layer_memory(facts, layout, machine.kind, size, True, parallel and layout.tp > 1)
+    settings = (parallel, section.recompute, distributed)
+    return _Student(facts, layout, size, layer, *settings)
+
+
+def _teacher(dtype: str, facts: ModelFacts, layout: Layout, machine: Machine) -> _Model:
     size = _ITEM_SIZES[dtype]
-    cut = trained is not None and trained.parallel.sequence_parallel and layout.tp > 1
-    layer = layer_memory(facts, layout, machine.kind, size, trained is not None, cut)
-    return _Model(facts, layout, size, layer)
+    return _Model(
+        facts, layout, size, layer_memory(facts, layout, machine.kind, size, False, False)
+    )
 
 
 def _rank_memory(
-    config: Config,
-    student: _Model,
+    student: _Student,
     teachers: Mapping[str, tuple[_Model, TeacherSection]],
+    work: Workload,
     machine: Machine,
+    engine: float,
     rank: int,
 ) -> RankMemory:
     place = student.layout.coordinates(rank)
-    work = workload(config, student.layout.dp)
-    held = _student_held(config, student, place.pp)
+    held = _student_held(student, place.pp)
     scoring: dict[str, float] = {"activations": 0.0, "hidden states": 0.0}
     host = waiting = 0.0
     is_last = place.pp == student.layout.pp - 1
@@ -199,16 +225,16 @@ def _rank_memory(
         waiting = max(waiting, waits)
         host += received if section.offload and machine.kind != "cpu" else 0
     phases = {"scoring": scoring}
-    phases |= _training(config, student, place.pp, work, machine, waiting)
-    phases |= _engine_phases(config, student, place, machine)
+    phases |= _training(student, place.pp, work, machine, waiting)
+    phases |= _engine_phases(student, place, engine)
     return RankMemory(rank, held, phases, host)
 
 
-def _student_held(config: Config, student: _Model, stage: int) -> dict[str, float]:
+def _student_held(student: _Student, stage: int) -> dict[str, float]:
     dense, experts, _ = student.numbers(stage, trained=True)
-    layout, section = student.layout, config.optimizer
-    split = layout.dp * layout.cp if section.distributed else 1
-    expert_split = layout.expert_dp if section.distributed else 1
+    layout = student.layout
+    split = layout.dp * layout.cp if student.distributed else 1
+    expert_split = layout.expert_dp if student.distributed else 1
     per_value = 2 * MOMENT_SIZE + (MASTER_SIZE if student.item_size < MASTER_SIZE else 0)
     return {
         "student weights": (dense + experts) * student.item_size,
@@ -247,17 +273,17 @@ def _scoring(
 
 
 def _training(
-    config: Config, student: _Model, stage: int, work: Workload, machine: Machine, waiting: float
+    student: _Student, stage: int, work: Workload, machine: Machine, waiting: float
 ) -> dict[str, dict[str, float]]:
     """The phases backward, update and, on the last stage, loss."""
-    under_way = _under_way(config, student, stage, work, machine)
+    under_way = _under_way(student, stage, work, machine)
     row, layer = work.row / student.layout.cp, student.layer
-    again = layer.kept - layer.kept_full if config.student.recompute == "full" else 0.0
+    again = layer.kept - layer.kept_full if student.recompute == "full" else 0.0
     fused = machine.kind == "te"
     weight = 0.0 if fused else _largest_layer_weight(student.facts, student.layout)
     passing = row * (again + layer.backward) + weight * student.item_size
     backward = {"activations": under_way + passing, "hidden states": waiting}
-    update = {"temporaries": _update(config, student, stage, machine)}
+    update = {"temporaries": _update(student, stage, machine)}
     phases = {"backward": backward, "update": update}
     if stage == student.layout.pp - 1:
         loss, stands_in = _loss(student, work, machine)
@@ -268,17 +294,15 @@ def _training(
     return phases
 
 
-def _under_way(
-    config: Config, student: _Model, stage: int, work: Workload, machine: Machine
-) -> float:
+def _under_way(student: _Student, stage: int, work: Workload, machine: Machine) -> float:
     """Activations of all microbatches between their forward and their backward pass."""
     layout, e = student.layout, student.item_size
     row = work.row / layout.cp
     # The stage's output, or the input of the final norm and what that keeps.
     is_last = stage == layout.pp - 1
-    width = student.facts.hidden_size / (layout.tp if config.parallel.sequence_parallel else 1)
+    width = student.facts.hidden_size / (layout.tp if student.sequence_parallel else 1)
     at_end = row * width * (2 * 4 if is_last and machine.kind == "cpu" else e)
-    layers = row * student.layers_per_stage * student.layer.kept_by(config.student.recompute)
+    layers = row * student.layers_per_stage * student.layer.kept_by(student.recompute)
     return (layers + at_end) * min(work.num_rows, layout.pp - stage)
 
 
@@ -298,10 +322,10 @@ def _loss(student: _Model, work: Workload, machine: Machine) -> tuple[dict[str, 
     return parts, head * e if machine.kind != "cpu" or is_written else 0.0
 
 
-def _update(config: Config, student: _Model, stage: int, machine: Machine) -> float:
+def _update(student: _Student, stage: int, machine: Machine) -> float:
     """Temporaries of the optimizer: torch's Adam on the CPU, or for all parameters on a GPU."""
     dense, experts, largest = student.numbers(stage, trained=True)
-    split = student.layout.dp * student.layout.cp if config.optimizer.distributed else 1
+    split = student.layout.dp * student.layout.cp if student.distributed else 1
     if machine.kind == "te":
         return 0.0
     if machine.kind == "local":
@@ -318,11 +342,11 @@ def _largest_layer_weight(facts: ModelFacts, layout: Layout) -> float:
 
 
 def _engine_phases(
-    config: Config, student: _Model, place: Coordinates, machine: Machine
+    student: _Model, place: Coordinates, engine: float
 ) -> dict[str, dict[str, float]]:
     """Rollout and push; an engine shares the GPU of its replica's first rank only."""
-    shares = place.is_leader and machine.kind != "cpu" and config.rollout.engine == "local"
-    engine = config.rollout.memory_fraction * machine.memory if shares else 0.0
+    if not place.is_leader:
+        engine = 0.0
     names = [name for unit in layer_units(student.facts, 0) for name in unit.hf_names()]
     layer = sum(math.prod(hf_shape(name, student.facts)) for name in names)
     embedding = student.facts.vocab_size * student.facts.hidden_size

@@ -12,6 +12,7 @@ import gc
 import math
 import random
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,8 +23,6 @@ from torch import Tensor
 from megatron_vopd.collectives import from_all_ranks
 from megatron_vopd.config import Config
 from megatron_vopd.config.schema import CurriculumSection
-from megatron_vopd.hf.folder import read_model_folder
-from megatron_vopd.hf.hub import local_model_folder
 from megatron_vopd.preflight.memory import Kind, Machine, RankMemory, estimate
 from megatron_vopd.preflight.table import memory_lines
 from megatron_vopd.rollout.engine import (
@@ -34,8 +33,8 @@ from megatron_vopd.rollout.engine import (
     generation_report,
     response_seed,
 )
-from megatron_vopd.run.build import assemble
-from megatron_vopd.run.run import Run
+from megatron_vopd.run.build import Parts, build, sound_models
+from megatron_vopd.trainer.trainer import Trainer
 from megatron_vopd.types import Prompt, Rollout
 
 NUM_STEPS = 2
@@ -102,22 +101,24 @@ class RandomEngine:
         """Nothing was started."""
 
 
-def rehearse(run: Run, engine: RandomEngine) -> list[str]:
+def rehearse(config: Config, parts: Parts) -> list[str]:
     """Make the steps; what they needed beside what was estimated, as lines for the reader.
 
     A collective of the whole world. On a CPU the measured peak is that of the process since its
     start; what it holds beside tensors is measured and counted as a part.
     """
+    trainer, engine = parts.trainer, parts.engine
+    assert engine is not None, "a dry run without its random engine"
     values: dict[str, float] = {}
     for _ in range(NUM_STEPS):
-        engine.policy_version = run.trainer.policy_version
-        values = run.trainer.train_step()
-    on_cpu = run.student.options.device == "cpu"
+        engine.policy_version = trainer.policy_version
+        values = trainer.train_step()
+    on_cpu = trainer.student.options.device == "cpu"
     own = values["perf/peak_memory_bytes"], bytes_beside_tensors() if on_cpu else 0
     measured = from_all_ranks(lambda: own)
     ranks = [
         replace(memory, held={"beside tensors, measured": beside, **memory.held})
-        for memory, (_, beside) in zip(estimated(run), measured, strict=True)
+        for memory, (_, beside) in zip(estimated(config, trainer), measured, strict=True)
     ]
     lines = [*memory_lines(ranks), "", "rank  tp  pp  dp   estimated    measured peak"]
     for memory, (peak, _) in zip(ranks, measured, strict=True):
@@ -128,9 +129,9 @@ def rehearse(run: Run, engine: RandomEngine) -> list[str]:
     return [*lines, f"one step of {tokens:.0f} response tokens: {seconds:.1f} s; nothing was saved"]
 
 
-def estimated(run: Run) -> list[RankMemory]:
-    """The estimate for this run's models, layouts and device."""
-    student, teachers = run.student, run.trainer.teachers
+def estimated(config: Config, trainer: Trainer) -> list[RankMemory]:
+    """Estimate the memory of the run's models, layouts and device."""
+    student, teachers = trainer.student, trainer.teachers
     kind: Kind = "cpu"
     memory = 0.0
     if student.options.device != "cpu":
@@ -139,7 +140,7 @@ def estimated(run: Run) -> list[RankMemory]:
     facts = {"student": student.facts} | {key: one.facts for key, one in teachers.items()}
     layouts = {"student": student.groups.layout}
     layouts |= {key: one.groups.layout for key, one in teachers.items()}
-    return estimate(run.config, facts, layouts, Machine(kind, memory))
+    return estimate(config, facts, layouts, Machine(kind, memory))
 
 
 def bytes_beside_tensors() -> int:
@@ -156,13 +157,9 @@ def bytes_beside_tensors() -> int:
 def dry_run(config: Config, device: str) -> None:
     """Build everything, make the two steps, print what they needed. Every rank calls it."""
     config = at_full_length(config)
-    folder = local_model_folder(config.student.path, "student.path", weights=False)
-    vocab_size = read_model_folder(folder).facts.vocab_size
-    engine = RandomEngine(vocab_size)
-    run = assemble(config, device, engine)
-    try:
-        lines = rehearse(run, engine)
-    finally:
-        run.close()
+    models = sound_models(config)
+    with ExitStack() as stack:
+        parts = build(config, models, device, lambda _, ids: (RandomEngine(ids), None), stack)
+        lines = rehearse(config, parts)
     if dist.get_rank() == 0:
         print("\n".join(lines))

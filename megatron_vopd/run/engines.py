@@ -6,15 +6,17 @@ No engine is started here: the first push does that.
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
-from megatron_vopd.config import Config
+from megatron_vopd.config.schema import Config, RolloutSection
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.rollout.engine import Engine, PushReport
 from megatron_vopd.rollout.push import Probe, make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings, servers_of_leader
 from megatron_vopd.rollout.vllm.settings import LocalSettings
+from megatron_vopd.run.settings import step_settings
 from megatron_vopd.trainer.student_logprobs import sequence_logprobs
 
 # Largest gap between engine and trainer on one token of the probe, nats, by what both compute in.
@@ -22,6 +24,10 @@ _PROBE_TOLERANCES = {"fp32": 1e-4, "bf16": 0.3}
 # The same for each nat of the largest log-prob: fp32 rounds at 6e-8, in sums of many terms.
 _PROBE_RELATIVE = {"fp32": 2e-5, "bf16": 0.0}
 _PROBE_LENGTH = 48
+
+
+# (student, ids that all models share) -> this rank's engine and what gives it weights.
+EngineFactory = Callable[[Student, int], "tuple[Engine | None, Pusher | None]"]
 
 
 class Pusher:
@@ -51,26 +57,37 @@ class Pusher:
             self(policy_version)
 
 
-def make_run_engine(
-    config: Config, student: Student, student_dir: str, run_dir: Path, device: str
-) -> Engine | None:
-    """This rank's engine; None: it is no leader."""
-    if not student.groups.is_leader:
-        return None
-    response = config.max_response_tokens if config.has_rollouts else 0
-    if config.evaluates:
-        response = max(response, config.evaluation.max_tokens)
-    longest = config.data.max_prompt_tokens + response
-    return make_engine(
-        config,
-        student_dir,
-        run_dir,
-        student.groups.coordinates.dp,
-        student.groups.layout.dp,
-        min(max(longest, _PROBE_LENGTH + 1), student.facts.max_positions),
-        device,
-        _own_gpu() if device == "cuda" else None,
-    )
+def engines_of(config: Config, model_dir: str, run_dir: Path, device: str) -> EngineFactory:
+    """Return what makes this rank's engine and its pusher, as configured.
+
+    Args:
+        model_dir: HF folder of the student; its config is read.
+        run_dir: engine logs go into its folder `engines`.
+        device: "cpu" or "cuda", already resolved.
+    """
+
+    def make(student: Student, vocab_size: int) -> tuple[Engine | None, Pusher | None]:
+        """Make none of both where nothing is sampled, and no engine on ranks that lead none."""
+        if not (step_settings(config).num_asked or config.evaluates):
+            return None, None
+        row = config.train.max_tokens_per_microbatch
+        exact = config.student.dtype == config.rollout.dtype == "fp32"
+        probe = make_run_probe(exact, vocab_size, row)
+        engine = None
+        if student.groups.is_leader:
+            response = config.max_response_tokens if config.has_rollouts else 0
+            if config.evaluates:
+                response = max(response, config.evaluation.max_tokens)
+            longest = max(config.data.max_prompt_tokens + response, _PROBE_LENGTH + 1)
+            longest = min(longest, student.facts.max_positions)
+            place = (student.groups.coordinates.dp, student.groups.layout.dp)
+            seed, logs = config.run.seed, run_dir / "engines"
+            gpu = _own_gpu() if device == "cuda" else None
+            known = (longest, device, seed, gpu)
+            engine = make_engine(config.rollout, model_dir, logs, *place, *known)
+        return engine, Pusher(student, engine, probe, row)
+
+    return make
 
 
 def _own_gpu() -> str:
@@ -80,12 +97,17 @@ def _own_gpu() -> str:
     return visible[local_rank] if visible else str(local_rank)
 
 
-def run_probe(config: Config, vocab_size: int) -> Probe:
-    """Of pushes; its tolerance follows from the types that trainer and engine compute in."""
-    exact = config.student.dtype == config.rollout.dtype == "fp32"
-    length = min(_PROBE_LENGTH, config.train.max_tokens_per_microbatch)
-    kind = "fp32" if exact else "bf16"
+def make_run_probe(is_exact: bool, vocab_size: int, longest: int) -> Probe:
+    """Make the probe of pushes; its tolerance follows from what trainer and engine compute in.
+
+    Args:
+        is_exact: both compute in fp32.
+        vocab_size: ids below it are probed with.
+        longest: most tokens of a sequence.
+    """
+    kind = "fp32" if is_exact else "bf16"
     tolerance, relative = _PROBE_TOLERANCES[kind], _PROBE_RELATIVE[kind]
+    length = min(_PROBE_LENGTH, longest)
     return make_probe(vocab_size, length=length, tolerance=tolerance, relative=relative)
 
 
@@ -93,29 +115,30 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def make_engine(
-    config: Config,
+    rollout: RolloutSection,
     model_dir: str,
-    run_dir: str | Path,
+    log_dir: str | Path,
     leader: int,
     num_leaders: int,
     max_model_len: int,
     device: str,
+    seed: int,
     gpu: str | None = None,
 ) -> Engine:
-    """Not started yet: the first push does that.
+    """Make a leader's engine. It is not started yet: the first push does that.
 
     Args:
         model_dir: HF folder of the student; its config is read.
-        run_dir: engine logs go into its folder `engines`.
+        log_dir: where engines write their logs.
         leader, num_leaders: which data-parallel replica this rank leads, of how many.
         max_model_len: longest prompt and response together.
         device: "cpu" or "cuda", already resolved.
+        seed: of the run.
         gpu: the leader's own, for CUDA_VISIBLE_DEVICES.
 
     Raises:
         UserError: too large an engine.
     """
-    rollout = config.rollout
     dtype = _DTYPES[rollout.dtype]
     if rollout.engine == "server":
         urls, push_urls = servers_of_leader(rollout.urls, leader, num_leaders)
@@ -133,13 +156,13 @@ def make_engine(
     return LocalEngine(
         LocalSettings(
             model_dir,
-            log_path=str(Path(run_dir) / "engines" / f"engine_{leader}.log"),
+            log_path=str(Path(log_dir) / f"engine_{leader}.log"),
             max_model_len=max_model_len,
             dtype=dtype,
             device=device,
             tp=rollout.tp,
             gpu=gpu,
-            seed=config.run.seed,
+            seed=seed,
             deadline_seconds=rollout.deadline_seconds,
             memory_fraction=rollout.memory_fraction,
             cpu_threads=rollout.cpu_threads,

@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from megatron_vopd.config import Config
 from megatron_vopd.errors import ConfigError, Problem, shown
 from megatron_vopd.hf.facts import ModelFacts
-from megatron_vopd.hf.folder import fingerprint
 
 # Sections, and keys of sections, that may differ. Teachers are compared by their fingerprints, the
 # student by its facts, prompts by the stream's own fingerprint; a ladder may grow (curriculum.py).
@@ -57,12 +55,17 @@ def settings_of(config: Config) -> dict[str, Any]:
     return flat
 
 
-def identity(config: Config, facts: ModelFacts, teacher_dirs: Mapping[str, Path]) -> dict[str, Any]:
-    """JSON values that `require_same` compares."""
+def identity(config: Config, facts: ModelFacts, fingerprints: Mapping[str, str]) -> dict[str, Any]:
+    """Return the JSON values that `require_same` compares.
+
+    Args:
+        facts: of the student.
+        fingerprints: of the teachers' folders, by key.
+    """
     return {
         "config": settings_of(config),
         "model": asdict(facts),
-        "teachers": {key: fingerprint(path) for key, path in sorted(teacher_dirs.items())},
+        "teachers": dict(sorted(fingerprints.items())),
     }
 
 

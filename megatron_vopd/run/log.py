@@ -1,6 +1,6 @@
-"""Where a run reports: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal.
+"""The places where a run reports: metrics.jsonl, TensorBoard, Weights & Biases, and the terminal.
 
-Only one rank of a run has a writer. Metric names are those of algorithms.md section 8.
+Only one rank of a run has a writer. Metric names are those of method.md section 8.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any, TextIO
 
 from megatron_vopd.errors import Problem, UserError
 from megatron_vopd.files.metrics_file import METRICS_NAME, MetricsFile
-from megatron_vopd.rollout.engine import Progress as Report
-from megatron_vopd.run.terminal import Display
+from megatron_vopd.rollout.engine import Progress
+from megatron_vopd.run.terminal import StepDisplay
 
 
 class MetricsWriter:
-    """All the places where a run's metrics go; a context manager.
+    """Writer to all the places where a run's metrics go; a context manager.
 
     Args:
         run_dir: holds `metrics.jsonl` and `tensorboard/`; made when absent.
@@ -27,7 +27,7 @@ class MetricsWriter:
         wandb: log to Weights & Biases too, under the name of the run folder.
         console: show steps on `out`.
         total_steps: of the run.
-        last_step: the step that the run goes on after; what was recorded later is dropped. -1:
+        last_step: the step after which the run resumes; what was recorded later is dropped. -1:
             everything.
         out: where to show; None: standard output.
 
@@ -50,7 +50,7 @@ class MetricsWriter:
         self._wandb = _start_wandb(run_dir) if wandb else None
         self._file = MetricsFile(run_dir / METRICS_NAME, last_step)
         self._events = _open_events(run_dir / "tensorboard", last_step) if tensorboard else None
-        self._display = Display(total_steps, last_step, out or sys.stdout) if console else None
+        self._display = StepDisplay(total_steps, last_step, out or sys.stdout) if console else None
 
     def __enter__(self) -> MetricsWriter:
         return self
@@ -87,16 +87,16 @@ class MetricsWriter:
             self._wandb.log(finite, step=step)
 
     @contextmanager
-    def progress(self, what: str) -> Iterator[Report | None]:
-        """A bar for something long between two steps; None where none is shown."""
+    def progress(self, what: str) -> Iterator[Progress | None]:
+        """Show a bar for something long between two steps; None where none is shown."""
         if self._display is None:
             yield None
             return
-        with self._display.progress(what) as report:
-            yield report
+        with self._display.progress(what) as progress:
+            yield progress
 
     def say(self, text: str) -> None:
-        """A line for the reader, which is no metric."""
+        """Show the reader a line that is no metric."""
         if self._display is not None:
             self._display.say(text)
 

@@ -1,4 +1,4 @@
-"""report.html of a run: curves of its metrics as inline SVG, one file, nothing loaded from outside.
+"""Report of a run in one HTML file: curves of its metrics as inline SVG, no other file loaded.
 
 Colours follow the reader's light or dark setting; a pointer over a curve shows its values. Every
 text that comes from the run is escaped.
@@ -49,14 +49,14 @@ _CHARTS: tuple[tuple[str, str, str], ...] = (
 
 @dataclass(frozen=True)
 class Curve:
-    """Points (step, value) of one metric, drawable, by ascending step."""
+    """A metric's points (step, value) that can be drawn, by ascending step."""
 
     name: str
     points: tuple[tuple[float, float], ...]
 
 
 def curves(lines: Sequence[dict[str, Any]]) -> list[Curve]:
-    """All metrics by name; those without a finite value are left out."""
+    """Return all metrics by name, less those without a finite value."""
     points: dict[str, list[tuple[float, float]]] = {}
     for line in lines:
         for name, value in line.items():
@@ -71,7 +71,7 @@ def _is_finite(value: Any) -> bool:
 
 
 def thinned(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[float, float]]:
-    """At most `limit` points: the smallest and the largest value of each stretch, in order."""
+    """Keep at most `limit` points: the smallest and the largest value of each stretch, in order."""
     if len(points) <= limit:
         return list(points)
     size = math.ceil(len(points) / (limit // 2))
@@ -84,7 +84,7 @@ def thinned(points: Sequence[tuple[float, float]], limit: int) -> list[tuple[flo
 
 
 def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round values from at most `low` to at least `high`, `count` of them or a few more or less."""
+    """Return round values from at most `low` to at least `high`, about `count` of them."""
     size = max(abs(low), abs(high))
     if high - low <= 1e-12 * size or size < _SMALLEST:
         pad = 0.1 * size if size > _SMALLEST else 1.0
@@ -97,7 +97,7 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def number(value: float) -> str:
-    """A number as a reader wants it: four significant digits, thousands with separators."""
+    """Format a number for a reader: four significant digits, thousands with separators."""
     if abs(value) >= 1e4 and abs(value) < 1e9:
         return f"{value:,.0f}"
     return f"{value:.4g}"
@@ -105,7 +105,7 @@ def number(value: float) -> str:
 
 @dataclass(frozen=True)
 class _Frame:
-    """From values to places in the drawing."""
+    """The axes of one chart: they turn values into places in the drawing."""
 
     x_ticks: list[float]
     y_ticks: list[float]
@@ -149,7 +149,7 @@ def _path(curve: Curve, frame: _Frame, colour: str) -> Iterable[str]:
 
 
 def chart(title: str, unit: str, drawn: Sequence[Curve]) -> str:
-    """A figure with one line per curve, its legend with last values, and points to hover over."""
+    """Draw a figure: one line per curve, a legend with last values, and points to hover over."""
     frame = _Frame.of(drawn)
     body = list(_axes(frame))
     legend = []
@@ -186,7 +186,7 @@ pre { overflow: auto; border: 1px solid var(--line); padding: .8rem; font-size: 
 
 
 def report_html(name: str, recorded: Recorded, config_text: str | None) -> str:
-    """The whole page.
+    """Write the whole page as text.
 
     Args:
         name: of the run.
@@ -217,7 +217,7 @@ def report_html(name: str, recorded: Recorded, config_text: str | None) -> str:
 
 
 def described(recorded: Recorded) -> str:
-    """How many steps there are; the evaluation before the first is none."""
+    """Count the recorded steps, in words; the evaluation before the first is none."""
     steps = [line["step"] for line in recorded.lines if line["step"] > 0]
     if not steps:
         return "no step yet, but an evaluation before the first"

@@ -48,7 +48,7 @@ class Run:
         if self.writer is not None:
             self.writer.say(text)
         else:
-            announce(self.config, text)
+            announce(text, self.config.logging.console)
 
     def progress(self, what: str) -> AbstractContextManager[Progress | None]:
         """A bar for the reader, on the rank that has the terminal."""
@@ -79,7 +79,11 @@ class MetricsSink:
         self.writer.say(text)
 
 
-def announce(config: Config, text: str) -> None:
-    """A line of the start, before there is a writer; on a large model the next takes minutes."""
-    if dist.get_rank() == 0 and config.logging.console:
+def announce(text: str, is_shown: bool) -> None:
+    """Print a line of the start on rank 0, before there is a writer; the next may take minutes.
+
+    Args:
+        is_shown: `logging.console`.
+    """
+    if dist.get_rank() == 0 and is_shown:
         print(text, flush=True)

@@ -7,25 +7,19 @@ that is refused loses nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
-import torch.distributed as dist
 
 from megatron_vopd.checkpoint.random_states import (
     seed_random_states,
 )
-from megatron_vopd.collectives import all_ranks, from_all_ranks, rank_0
-from megatron_vopd.config import Config
-from megatron_vopd.config.table import resolved_yaml
+from megatron_vopd.collectives import all_ranks, rank_0
 from megatron_vopd.errors import UserError, refusal
-from megatron_vopd.hf.facts import ModelFacts
-from megatron_vopd.hf.hub import local_model_folder
 from megatron_vopd.hf.mapping import LayerSpec
 from megatron_vopd.run.folder import (
     STATUS_NAME,
@@ -38,35 +32,39 @@ from megatron_vopd.run.folder import (
     step_of,
     verify_checkpoint,
 )
-from megatron_vopd.run.identity import identity
 
 _HEADER = "# The resolved configuration of a run of megatron_vopd.train.\n"
 
 
-def begin(run_dir: Path, config: Config, stack: ExitStack) -> Resume:
-    """Choose what to go on from, make the folder, seed. Every rank of the world calls it.
+def enter_folder(
+    run_dir: Path, resume: str, needs_vllm: bool, seed: int, stack: ExitStack
+) -> Resume:
+    """Make and lock the folder, choose what to resume from, seed. Every rank calls it.
 
     Args:
+        resume: `checkpoint.resume`.
+        needs_vllm: engines will be started on this machine.
+        seed: of the run.
         stack: holds the lock on the folder.
 
     Raises:
-        UserError: on every rank: nothing to go on from where there should be, another run's
-            folder, or one that cannot be written.
+        UserError: on every rank: nothing to resume from where there should be something, another
+            run's folder, or one that cannot be written.
     """
-    all_ranks(_require_vllm, config)
+    if needs_vllm:
+        all_ranks(_require_vllm)
     rank_0(_make_folder, run_dir)
     rank_0(stack.enter_context, locked(run_dir))
-    resume = choose_resume(run_dir, config.checkpoint.resume)
+    chosen = choose_resume(run_dir, resume)
     # How an earlier process ended; should this one be killed, there must be no status.
     rank_0((run_dir / STATUS_NAME).unlink, missing_ok=True)
-    seed_random_states(config.run.seed)
-    return resume
+    seed_random_states(seed)
+    return chosen
 
 
-def _require_vllm(config: Config) -> None:
-    """Looked for before the models are loaded, which takes minutes."""
-    asks = config.has_rollouts or config.evaluates
-    if asks and config.rollout.engine == "local" and find_spec("vllm") is None:
+def _require_vllm() -> None:
+    """Look for it before the models are loaded, which takes minutes."""
+    if find_spec("vllm") is None:
         remedy = "install it (CPU: make engine), or set rollout.engine=server"
         raise refusal("rollout.engine", "local", "vLLM installed beside this package", remedy)
 
@@ -84,34 +82,13 @@ def _make_folder(run_dir: Path) -> None:
         raise refusal("run.dir", got, "a folder that can be written", remedy) from None
 
 
-def record_config(run_dir: Path, config: Config) -> None:
-    """Put the resolved configuration into the folder. Every rank of the world calls it."""
+def record_config(run_dir: Path, text: str) -> None:
+    """Put the resolved configuration into the folder; for one rank.
 
-    def write() -> None:
-        (run_dir / "config.yaml").write_text(_HEADER + resolved_yaml(config), encoding="utf-8")
-
-    rank_0(write)
-
-
-def run_identity(config: Config, facts: ModelFacts) -> Mapping[str, Any]:
-    """What checkpoints of this run are known by; rank 0 looks at the teachers' files."""
-
-    def of_files() -> Mapping[str, Any] | None:
-        if dist.get_rank() != 0:
-            return None
-        teachers = config.named_teachers.items() if config.scores_with_teacher else ()
-        folders = {
-            key: Path(local_model_folder(section.path, f"{key}.path")) for key, section in teachers
-        }
-        return identity(config, facts, folders)
-
-    found = from_all_ranks(of_files)[0]
-    assert found is not None
-    return found
-
-
-class ResumeError(UserError):
-    """A run folder that cannot be resumed from, and must not be started over."""
+    Args:
+        text: of `config.table.resolved_yaml`.
+    """
+    (run_dir / "config.yaml").write_text(_HEADER + text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -134,14 +111,14 @@ def choose(run_dir: Path, resume: str) -> Resume:
     A folder of another run starts this one once; later starts go on from this run's own.
 
     Raises:
-        ResumeError: steps were made here and no checkpoint of them verifies, or two runs would mix.
+        UserError: steps were made here and no checkpoint of them verifies, or two runs would mix.
         PublishError: the given folder is no checkpoint that verifies; the file is named.
     """
     remove_stale(run_dir)
     steps, has_metrics = saved_steps(run_dir), _has_step(run_dir / "metrics.jsonl")
     if resume == "never":
         if steps or has_metrics:
-            raise ResumeError(
+            raise UserError(
                 f"run.name: got {run_dir}, which holds a run already, expected a new folder for "
                 "checkpoint.resume=never; choose another run.name, or set checkpoint.resume=auto"
             )
@@ -157,7 +134,7 @@ def choose(run_dir: Path, resume: str) -> Resume:
         return Resume(chosen, step_of(chosen.name) or 0, remarks)
     if steps or has_metrics:
         reasons = "; ".join(refused) or "no checkpoint was saved"
-        raise ResumeError(
+        raise UserError(
             f"{run_dir}: steps were made here, but nothing can be resumed from ({reasons}); "
             "restore a checkpoint, choose another run.name, or remove the folder"
         )
@@ -171,7 +148,7 @@ def _own_checkpoint(given: Path, steps: list[int]) -> Resume:
     step = verify_checkpoint(given)
     newer = [other for other in steps if other > step]
     if newer:
-        raise ResumeError(
+        raise UserError(
             f"checkpoint.resume: got {given}, but step_{newer[0]} beside it is newer; move the "
             "newer ones away, or choose another run.name"
         )
@@ -195,24 +172,27 @@ def _has_step(path: Path) -> bool:
 START_SECONDS, MARGIN_SECONDS = 600.0, 300.0
 
 
-def longest_wait_seconds(config: Config) -> float:
-    """After which a rank that waits for the others says that one is gone."""
-    return max(config.rollout.deadline_seconds, START_SECONDS) + MARGIN_SECONDS
+def longest_wait_seconds(deadline_seconds: float) -> float:
+    """Return after how long a rank that waits for the others says that one is gone.
+
+    Args:
+        deadline_seconds: `rollout.deadline_seconds`.
+    """
+    return max(deadline_seconds, START_SECONDS) + MARGIN_SECONDS
 
 
-def resolved_device(config: Config) -> str:
-    """cpu or cuda; what is asked for and missing is an error."""
-    asked, has_gpu = config.parallel.device, torch.cuda.is_available()
+def resolved_device(asked: str) -> str:
+    """Return cpu or cuda for `parallel.device`; raise ConfigError for what is missing."""
+    has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
         remedy = "set parallel.device=cpu"
         raise refusal("parallel.device", "cuda", "a GPU that torch can use", remedy)
     return asked if asked != "auto" else "cuda" if has_gpu else "cpu"
 
 
-def resolved_layer_spec(config: Config, device: str) -> LayerSpec:
-    """te or local; what is asked for and missing is an error."""
+def resolved_layer_spec(asked: str, device: str) -> LayerSpec:
+    """Return te or local for `parallel.backend`; raise ConfigError for what is missing."""
     has_te = device == "cuda" and find_spec("transformer_engine") is not None
-    asked = config.parallel.backend
     if asked == "te" and not has_te:
         expected = "transformer_engine installed, and a GPU"
         raise refusal("parallel.backend", "te", expected, "set parallel.backend=local")

@@ -13,8 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from megatron_vopd.config import Config
-from megatron_vopd.config.schema import DataSection, StudentSection
+from megatron_vopd.config.schema import StudentSection
 from megatron_vopd.data.prompts import PromptTokenizer, batches
 from megatron_vopd.data.records import DataError, Record, read_records
 from megatron_vopd.data.stream import fingerprint as data_fingerprint
@@ -36,7 +35,7 @@ _DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 @dataclass(frozen=True)
 class Job:
-    """What is generated, and how; the names are those of the command's options.
+    """An order for responses, with the names of the command's options.
 
     Attributes:
         model: HF folder or hub id of the teacher.
@@ -83,7 +82,7 @@ class Plan:
         return [(p.prompt_id, sample) for p in self.prompts for sample in range(self.job.samples)]
 
     def identity(self) -> dict[str, Any]:
-        """What the lines follow from."""
+        """Return what decides every bit of the lines, as JSON values."""
         job = self.job
         options = ("samples", "max_tokens", "temperature", "top_p", "seed", "dtype")
         return {
@@ -105,12 +104,12 @@ def plan(job: Job) -> Plan:
     student = StudentSection(
         path=job.tokenizer or job.model, chat_template=job.chat_template, thinking=job.thinking
     )
-    data = DataSection(prompt_field=job.prompt_field, max_prompt_tokens=job.max_prompt_tokens)
-    tokenizer = PromptTokenizer.of(student)
+    own_folder = local_model_folder(student.path, "student.path", weights=False)
+    tokenizer = PromptTokenizer.of(own_folder, student)
     records, prompts, num_records = [], [], 0
     for batch in batches(read_records(job.prompts, "PROMPTS")):
         num_records += len(batch)
-        ids = tokenizer.prompt_ids(batch, Config(student=student, data=data))
+        ids = tokenizer.prompt_ids(batch, job.prompt_field)
         for record, own in zip(batch, ids, strict=True):
             if len(own) <= job.max_prompt_tokens:
                 records.append(record)
@@ -149,14 +148,14 @@ def _require_room(job: Job, model: ModelFolder, prompts: Sequence[Prompt]) -> No
 
 
 def require_vllm() -> None:
-    """Raises UserError where it is not installed."""
+    """Refuse where vLLM is not installed."""
     if find_spec("vllm") is None:
         remedy = "install it (CPU: make engine)"
         raise UserError(str(Problem("vLLM", "no such package", "it beside this package", remedy)))
 
 
 def make_engine(plan: Plan) -> Engine:
-    """A vLLM engine on the teacher's own weights; it starts when it is first asked."""
+    """Make a vLLM engine on the teacher's own weights; it starts when it is first asked."""
     job = plan.job
     longest = max(len(prompt.ids) for prompt in plan.prompts)
     return FrozenEngine(
@@ -180,7 +179,7 @@ def make_engine(plan: Plan) -> Engine:
 def generate(
     plan: Plan, file: ResponseFile, engine: Engine, advance: Callable[[int], None]
 ) -> None:
-    """Write what is missing in `file`.
+    """Sample the responses that are missing in `file`, and append them.
 
     Args:
         advance: called with the number of responses that are there, sampled ones included.
@@ -217,12 +216,12 @@ def _batch(plan: Plan, engine: Engine, first: int, advance: Callable[[int], None
     try:
         return sampled()
     except EngineError:
-        # It was ended with its error, and starts anew; the answer is what it would have been.
+        # The error ended the engine; a new one starts and gives the answer that was due.
         return sampled()
 
 
 def line_of(record: Record, rollout: Rollout, tokenizer: PromptTokenizer) -> dict[str, Any]:
-    """One response as `data.responses` loads it: the record's own fields and those of ours."""
+    """Return one response as `data.responses` loads it: the record's own fields, then ours."""
     return {
         **record.fields,
         "prompt_id": rollout.prompt.prompt_id,

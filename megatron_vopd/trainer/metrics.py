@@ -160,7 +160,7 @@ def reduce_sums(sums: Mapping[str, Tensor], contributes: bool) -> dict[str, floa
 
 
 def derived(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means, standard deviations and ratios of the world's sums (algorithms.md section 8)."""
+    """Means, standard deviations and ratios of the world's sums (method.md section 8)."""
     means: dict[str, float] = {}
     for count, keys in GROUPS.items():
         if sums.get(count, 0) > 0:

@@ -297,7 +297,7 @@ class Trainer:
     def _report(
         self, rollouts: Sequence[Rollout], update: Update, phase: Phases
     ) -> dict[str, float]:
-        """All metrics of the step (algorithms.md section 8), recorded by the rank with a sink."""
+        """All metrics of the step (method.md section 8), recorded by the rank with a sink."""
         reduced = reduce_sums(self.loss.sums, self.student.counts_tokens)
         values = reduced | rollout_metrics(rollouts) | self.curriculum.metrics()
         values |= {

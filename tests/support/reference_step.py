@@ -1,6 +1,6 @@
 """One training step in one process, with transformers and plain autograd: what must come out.
 
-Written from algorithms.md, not from the package: of megatron_vopd only the data types of a rollout
+Written from method.md, not from the package: of megatron_vopd only the data types of a rollout
 are used. No packing, no microbatches, no shards; the optimizer's first step is written out.
 """
 

@@ -11,7 +11,7 @@ import pytest
 
 from megatron_vopd.config.method import CurriculumSection
 from megatron_vopd.curriculum import Curriculum, EntropyGatedLength, FixedLength, LinearLength
-from megatron_vopd.run.build import build_curriculum
+from megatron_vopd.run.settings import build_curriculum
 
 LADDER = (128, 256, 512, 1024)
 

@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 from megatron_vopd.config import load_config
-from megatron_vopd.run.build import objective_of
+from megatron_vopd.run.settings import objective_of
 from tests.support import ROOT
 
 CELLS = ROOT / "examples" / "arithmetic" / "cells"

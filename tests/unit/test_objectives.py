@@ -137,7 +137,7 @@ def test_topk_edges_one_is_zero_and_all_is_full():
 
 
 def closed_form(name, student, teacher, action):
-    """The loss of algorithms.md section 2 for one action, by plain torch."""
+    """The loss of method.md section 2 for one action, by plain torch."""
     log_q = teacher.log_softmax(0)
     ids = student.topk(K).indices
 

@@ -21,7 +21,7 @@ from torch.nn.functional import cross_entropy
 
 from megatron_vopd.checkpoint.convert.model import CheckpointModel
 from megatron_vopd.checkpoint.sharded import CheckpointReader, entries, load_entries
-from megatron_vopd.checkpoint.staging import Progress, no_progress
+from megatron_vopd.checkpoint.staging import PhaseProgress, no_progress
 from megatron_vopd.hf.facts import ModelError, ModelFacts
 from megatron_vopd.hf.mapping import hf_tensors, model_units
 from megatron_vopd.hf.source import ModelSource, read_source, same_bits
@@ -57,7 +57,7 @@ def check_tensors(
     groups: Groups,
     dtype: str | None = None,
     skip_objects: bool = False,
-    progress: Progress = no_progress,
+    progress: PhaseProgress = no_progress,
 ) -> list[CheckRow]:
     """Compare all tensors bit by bit; the first that differ are named.
 

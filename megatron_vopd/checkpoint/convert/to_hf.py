@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from megatron_vopd.checkpoint.convert.model import CheckpointModel
 from megatron_vopd.checkpoint.staging import (
-    Progress,
+    PhaseProgress,
     Summary,
     begin_staging,
     no_progress,
@@ -49,7 +49,7 @@ def megatron_to_hf(
     max_file_bytes: int = MAX_FILE_BYTES,
     text_dir: Path | None = None,
     skip_objects: bool = False,
-    progress: Progress = no_progress,
+    progress: PhaseProgress = no_progress,
 ) -> Summary:
     """Write `out_dir`, a HuggingFace folder. Every rank of the world calls this.
 

@@ -31,7 +31,7 @@ from megatron_vopd.checkpoint.sharded import (
     with_values,
 )
 from megatron_vopd.checkpoint.staging import (
-    Progress,
+    PhaseProgress,
     Summary,
     begin_staging,
     no_progress,
@@ -60,7 +60,7 @@ def hf_to_megatron(
     groups: Groups,
     dtype: str | None = None,
     verify: bool = False,
-    progress: Progress = no_progress,
+    progress: PhaseProgress = no_progress,
 ) -> Summary:
     """Write `out_dir`, a checkpoint that any layout can load. Every rank of the world calls this.
 

@@ -25,12 +25,13 @@ from megatron_vopd.config import Config
 from megatron_vopd.files.metrics_file import read_metrics
 from megatron_vopd.megatron.groups import init_world
 from megatron_vopd.rollout.engine import PushReport, Sampling, step_seed
-from megatron_vopd.run.build import evaluator_of, resume_evaluation
+from megatron_vopd.run.begin import resume_evaluation
 from megatron_vopd.run.engines import Pusher
 from megatron_vopd.run.folder import saved_steps
 from megatron_vopd.run.log import MetricsWriter
 from megatron_vopd.run.loop import train
 from megatron_vopd.run.run import MetricsSink, Run
+from megatron_vopd.run.settings import evaluator_of
 from megatron_vopd.run.start import choose_resume
 from megatron_vopd.trainer import evaluation
 from megatron_vopd.trainer.collector import RolloutCollector

@@ -16,7 +16,7 @@ import torch
 from megatron_vopd.config.method import ObjectiveSection
 from megatron_vopd.data.stream import PromptStream
 from megatron_vopd.megatron.groups import Groups
-from megatron_vopd.run.build import objective_of
+from megatron_vopd.run.settings import objective_of
 from megatron_vopd.trainer.collector import RolloutCollector
 from megatron_vopd.trainer.settings import StepSettings
 from megatron_vopd.types import Prompt, Rollout

@@ -18,7 +18,7 @@ pytestmark = [*needs_vllm, pytest.mark.timeout(1800)]
 CODE = """
 import sys
 from pathlib import Path
-from megatron_vopd.demo import DemoSettings, run_demo
+from megatron_vopd.demo.demo import DemoSettings, run_demo
 settings = DemoSettings(Path(sys.argv[1]), digits=2, num_training=600, num_evaluation=20,
                         teacher_steps=2, start_steps=2, steps=3, compare=True)
 sys.exit(run_demo(settings))

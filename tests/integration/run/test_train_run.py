@@ -27,7 +27,7 @@ def slow_with_vllm(test: Any) -> Any:
     return test
 
 
-# Keys of algorithms.md, section 8, that a run of vOPD without evaluation and top-k records.
+# Keys of method.md, section 8, that a run of vOPD without evaluation and top-k records.
 KEYS = {
     "loss/mean",
     "kl/reverse",

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from megatron_vopd.config.schema import StudentSection
+from megatron_vopd.config.schema import Config, StudentSection
 from megatron_vopd.data.prompts import (
+    Prompts,
     PromptTokenizer,
     evaluation_paths,
     load_evaluation_prompts,
@@ -29,6 +30,17 @@ from tests.support.tiny_tokenizer import (
 )
 
 
+def tokenizer_of(model: Path, **settings: Any) -> PromptTokenizer:
+    return PromptTokenizer.of(str(model), StudentSection(path=str(model), **settings))
+
+
+def prompts_at(path: str, config: Config, tokenizer: PromptTokenizer) -> Prompts:
+    """What a run of `config` reads from `path` as training prompts."""
+    needs_answer = config.objective.task_reward_weight > 0
+    teachers = list(config.named_teachers)
+    return load_prompts(path, "data.train", config.data, tokenizer, teachers, needs_answer)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_model_folder(tmp_path_factory.mktemp("models") / "student")
@@ -36,12 +48,12 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def chat(model: Path) -> PromptTokenizer:
-    return PromptTokenizer.of(StudentSection(path=str(model)))
+    return tokenizer_of(model)
 
 
 @pytest.fixture(scope="module")
 def plain(model: Path) -> PromptTokenizer:
-    return PromptTokenizer.of(StudentSection(path=str(model), chat_template="none"))
+    return tokenizer_of(model, chat_template="none")
 
 
 BAD_LINES = [
@@ -72,14 +84,14 @@ def test_bad_records_are_named(
 ) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(json.dumps(RECORDS[0]).encode() + b"\n" + line + b"\n")
-    refused(lambda: load_prompts(str(path), "data.train", config_of(), chat), *words)
+    refused(lambda: prompts_at(str(path), config_of(), chat), *words)
 
 
 def test_bad_files_are_named(tmp_path: Path, chat: PromptTokenizer) -> None:
     def load(name: str, content: bytes | None = None) -> Any:
         if content is not None:
             (tmp_path / name).write_bytes(content)
-        return lambda: load_prompts(str(tmp_path / name), "data.train", config_of(), chat)
+        return lambda: prompts_at(str(tmp_path / name), config_of(), chat)
 
     refused(load("none.jsonl"), "data.train", "none.jsonl", "existing")
     refused(load("empty.jsonl", b"\n"), "data.train", "no records", "at least one prompt")
@@ -96,7 +108,7 @@ def test_rendering(model: Path, chat: PromptTokenizer, plain: PromptTokenizer) -
     ]
     system = "<|im_start|>system\nBe brief.<|im_end|>\n"
     user = "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
-    thinking = PromptTokenizer.of(StudentSection(path=str(model), thinking=True))
+    thinking = tokenizer_of(model, thinking=True)
     assert chat.rendered("Hi", "x") == user + "<think></think>"
     assert chat.rendered(conversation, "x") == system + user + "<think></think>"
     assert thinking.rendered("Hi", "x") == user
@@ -113,10 +125,7 @@ def test_rendering(model: Path, chat: PromptTokenizer, plain: PromptTokenizer) -
 
 def test_a_beginning_token_only_where_no_template_writes_it(tmp_path: Path, model: Path) -> None:
     folder = save_tokenizer(shutil.copytree(model, tmp_path / "m"), begins=True)
-    chat, plain = (
-        PromptTokenizer.of(StudentSection(path=str(folder), chat_template=choice))
-        for choice in ("tokenizer", "none")
-    )
+    chat, plain = (tokenizer_of(folder, chat_template=choice) for choice in ("tokenizer", "none"))
     begins = [tokenizer.encoded(["ab"])[0][0] == ENDOFTEXT for tokenizer in (chat, plain)]
     assert begins == [False, True]
     assert plain.encoded_response("ab") == plain.encoded(["ab"])[0][1:]
@@ -124,7 +133,7 @@ def test_a_beginning_token_only_where_no_template_writes_it(tmp_path: Path, mode
 
 def test_templates(tmp_path: Path, model: Path) -> None:
     def of(choice: str, folder: Path = model) -> PromptTokenizer:
-        return PromptTokenizer.of(StudentSection(path=str(folder), chat_template=choice))
+        return tokenizer_of(folder, chat_template=choice)
 
     jinja = tmp_path / "t.jinja"
     jinja.write_text("Q: {{ messages[0].content }} A:")
@@ -153,7 +162,7 @@ def test_a_model_without_a_usable_tokenizer(tmp_path: Path, model: Path) -> None
     (folder / "tokenizer_config.json").write_text(json.dumps(code))
     (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
     (folder / "tokenizer.json").unlink()
-    refused(lambda: PromptTokenizer.of(StudentSection(path=str(folder))), "student.path")
+    refused(lambda: tokenizer_of(folder), "student.path")
     assert not (tmp_path / "ran").exists()
 
 
@@ -162,13 +171,13 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(
 ) -> None:
     records = [{"prompt": "x" * size, "answer": 1.5} for size in (5, 64, 65, 200, 1)]
     path = write_jsonl(tmp_path / "a.jsonl", records)
-    read = load_prompts(path, "data.train", config_of(), plain)
+    read = prompts_at(path, config_of(), plain)
     assert [len(prompt.ids) for prompt in read.prompts] == [5, 64, 1] and read.num_too_long == 2
     assert [prompt.prompt_id for prompt in read.prompts] == ["a.jsonl:1", "a.jsonl:2", "a.jsonl:5"]
     assert {prompt.answer for prompt in read.prompts} == {"1.5"}
     path = write_jsonl(tmp_path / "b.jsonl", records[2:4])
     refused(
-        lambda: load_prompts(path, "data.train", config_of(), plain),
+        lambda: prompts_at(path, config_of(), plain),
         "2 records, all longer than 64",
         "data.max_prompt_tokens",
     )
@@ -177,36 +186,40 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(
 def test_many_prompts_keep_their_ids(tmp_path: Path, plain: PromptTokenizer) -> None:
     """More than one batch of the tokenizer."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{i}"} for i in range(2001)])
-    prompts = load_prompts(path, "data.train", config_of(), plain).prompts
+    prompts = prompts_at(path, config_of(), plain).prompts
     assert len(prompts) == 2001 and plain.decoded(prompts[2000].ids) == "p2000"
     assert prompts[1999].ids[0] is prompts[5].ids[0], "one object per id"
 
 
 def test_training_stream_and_held_out(tmp_path: Path, chat: PromptTokenizer) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{i % 30}"} for i in range(40)])
-    config = config_of(data__train=path, curriculum__held_out_prompts=8, run__seed=3)
-    read = load_training_prompts(config, chat)
+    config = config_of(data__train=path)
+    read = load_training_prompts(config.data, chat, ["teacher"], False, 8, 3)
     assert len(read.held_out) == 8
     trained = {prompt.ids for prompt in read.stream.next(len(read.stream) * 2)}
     assert len(trained) == 22 and not trained & {prompt.ids for prompt in read.held_out}
-    fixed = config_of(data__train=path, curriculum__kind="fixed")
-    assert len(load_training_prompts(fixed, chat).stream) == 40
+    everything = load_training_prompts(config.data, chat, ["teacher"], False, 0, 3)
+    assert len(everything.stream) == 40 and not everything.held_out
 
 
 def test_evaluation_needs_answers(tmp_path: Path, chat: PromptTokenizer) -> None:
     good = write_jsonl(tmp_path / "math500.jsonl", RECORDS)
     bad = write_jsonl(tmp_path / "bad.jsonl", [*RECORDS, {"prompt": "a"}])
-    read = load_evaluation_prompts(config_of(data__evaluation=good), chat)
+    read = load_evaluation_prompts(config_of(data__evaluation=good).data, chat)
     assert list(read) == ["math500"] and read["math500"].prompts[3].answer == "6"
     config = config_of(data__evaluation={"m": good, "b": bad})
-    refused(lambda: load_evaluation_prompts(config, chat), "bad.jsonl:6 answer", "answer_field")
+    refused(
+        lambda: load_evaluation_prompts(config.data, chat), "bad.jsonl:6 answer", "answer_field"
+    )
     for answer in (True, ["b"], " "):
         odd = write_jsonl(tmp_path / "odd.jsonl", [{"prompt": "a", "answer": answer}])
         config = config_of(data__evaluation=odd)
-        refused(lambda c=config: load_evaluation_prompts(c, chat), "odd.jsonl:1 answer", "or a num")
-        assert load_prompts(odd, "data.train", config_of(), chat).prompts[0].answer is None
+        refused(
+            lambda c=config: load_evaluation_prompts(c.data, chat), "odd.jsonl:1 answer", "or a num"
+        )
+        assert prompts_at(odd, config_of(), chat).prompts[0].answer is None
     rewarded = config_of(objective__task_reward_weight=1.0, rollout__samples_per_prompt=2)
-    refused(lambda: load_prompts(bad, "data.train", rewarded, chat), "bad.jsonl:6 answer")
+    refused(lambda: prompts_at(bad, rewarded, chat), "bad.jsonl:6 answer")
     assert evaluation_paths("HuggingFaceH4/MATH-500") == {"MATH-500": "HuggingFaceH4/MATH-500"}
     assert evaluation_paths(None) == {}
 
@@ -216,14 +229,12 @@ def test_teacher_by_record(tmp_path: Path, chat: PromptTokenizer) -> None:
     config = config_of(teacher=None, teachers=teachers, data__teacher_field="domain")
     records = [{"prompt": "a", "domain": "m"}, {"prompt": "b", "domain": "c"}]
     path = write_jsonl(tmp_path / "a.jsonl", records)
-    prompts = load_prompts(path, "data.train", config, chat).prompts
+    prompts = prompts_at(path, config, chat).prompts
     assert [prompt.teacher for prompt in prompts] == ["teachers.m", "teachers.c"]
     path = write_jsonl(tmp_path / "b.jsonl", [*records, {"prompt": "b", "domain": "x"}])
-    refused(
-        lambda: load_prompts(path, "data.train", config, chat), "b.jsonl:3 domain", "'x'", "m, c"
-    )
+    refused(lambda: prompts_at(path, config, chat), "b.jsonl:3 domain", "'x'", "m, c")
     alone = config_of(teacher=None, teachers={"m": {"path": "a/b"}})
-    assert load_prompts(path, "data.train", alone, chat).prompts[2].teacher == "teachers.m"
+    assert prompts_at(path, alone, chat).prompts[2].teacher == "teachers.m"
 
 
 class TestResponses:
@@ -233,7 +244,9 @@ class TestResponses:
         path = write_jsonl(tmp_path / "r.jsonl", [{"prompt": "Hi", **record} for record in records])
         fixed = {"objective__prefix": "dataset", "curriculum__kind": "fixed"}
         config = config_of(data__responses=path, **fixed)
-        return load_responses(config, chat, (ENDOFTEXT, IM_END), context)
+        return load_responses(
+            config.data, chat, list(config.named_teachers), (ENDOFTEXT, IM_END), context
+        )
 
     def test_text_and_ids(self, tmp_path: Path, chat: PromptTokenizer) -> None:
         records = [
@@ -324,8 +337,10 @@ def test_whatever_a_field_holds_it_loads_or_is_refused(
                 data__evaluation=path,
             )
             for load in (
-                lambda c=config: load_evaluation_prompts(c, chat),
-                lambda c=config: load_responses(c, chat, (IM_END,), 64),
+                lambda c=config: load_evaluation_prompts(c.data, chat),
+                lambda c=config: load_responses(
+                    c.data, chat, list(c.named_teachers), (IM_END,), 64
+                ),
             ):
                 try:
                     load()

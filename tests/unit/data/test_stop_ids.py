@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vopd.data.stop_ids import agreed_stop_ids, stop_ids
+from megatron_vopd.hf.models import read_models
 from tests.support.data_cases import config_of, refused
 from tests.support.tiny_tokenizer import ENDOFTEXT, IM_END, save_model_folder
 
@@ -64,7 +65,8 @@ def test_stop_ids_of_model_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
     def ids(contract: str | None) -> tuple[int, ...]:
         settings = {"student__path": str(student), "data__eos_contract": contract}
-        return stop_ids(config_of(**settings, teacher__path="org/teacher"))
+        config = config_of(**settings, teacher__path="org/teacher")
+        return stop_ids(contract, read_models(config.model_paths))
 
     assert ids("student") == (IM_END,), "the tokenizer's own"
     assert ids("teacher") == (ENDOFTEXT, IM_END)
@@ -72,4 +74,4 @@ def test_stop_ids_of_model_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (student / "generation_config.json").write_text(json.dumps({"eos_token_id": ENDOFTEXT}))
     assert ids("student") == (ENDOFTEXT,)
     config = config_of(student__path="org/absent")
-    refused(lambda: stop_ids(config), "student.path", "org/absent", "./path")
+    refused(lambda: read_models(config.model_paths), "student.path", "org/absent", "./path")

@@ -6,7 +6,6 @@ import json
 import os
 import re
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,8 +17,7 @@ import torch
 from megatron_vopd import cli
 from megatron_vopd.config import load_config
 from megatron_vopd.data.answers import is_same_text
-from megatron_vopd.demo import demo
-from megatron_vopd.demo import stages as demo_stages
+from megatron_vopd.demo import demo, stages
 from megatron_vopd.demo.additions import (
     ALPHABET,
     Addition,
@@ -34,7 +32,9 @@ from megatron_vopd.demo.report import Results, save_plot, smoothed, table
 from megatron_vopd.demo.stages import Stage, StageError, run_stage, thinned
 from megatron_vopd.errors import UserError
 from megatron_vopd.files.metrics_file import metrics_line
+from megatron_vopd.run import launch
 from megatron_vopd.run.folder import hf_dir
+from megatron_vopd.run.launch import ONE_MACHINE, Launch
 
 
 class TestData:
@@ -129,7 +129,7 @@ def test_distillation_starts_at_the_first_export_with_a_part_right(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shares: tuple[float, ...], expected: int
 ) -> None:
     settings = DemoSettings(tmp_path, num_training=50, num_evaluation=5)
-    stage = Stage(tmp_path / "start.yaml", (), 1, tmp_path / "start", 120)
+    stage = Stage(Launch(tmp_path / "start.yaml", (), 1, tmp_path / "start"), 120)
     for step in (40, 80, 120):
         folder = tmp_path / "start" / "hf" / f"step_{step}"
         folder.mkdir(parents=True)
@@ -145,15 +145,16 @@ def test_distillation_starts_at_the_first_export_with_a_part_right(
 def test_every_stage_is_a_configuration_that_holds(tmp_path: Path) -> None:
     settings = DemoSettings(tmp_path, num_training=50, num_evaluation=5, digits=4, compare=True)
     demo._save_inputs(settings)
-    stages = demo._stages(settings)
-    stages["teacher"].export.parent.mkdir(parents=True)
-    stages["teacher"].export.symlink_to(tmp_path / "models" / "teacher")
+    made = demo._stages(settings)
+    made["teacher"].export.parent.mkdir(parents=True)
+    made["teacher"].export.symlink_to(tmp_path / "models" / "teacher")
     (tmp_path / "models" / "start").symlink_to(tmp_path / "models" / "student")
-    assert list(stages) == ["teacher", "start", "vopd", "opd"]
-    configs = {name: load_config(*_split(stage)) for name, stage in stages.items()}
+    assert list(made) == ["teacher", "start", "vopd", "opd"]
+    configs = {name: load_config(*_split(stage)) for name, stage in made.items()}
     for name, config in configs.items():
         assert config.run.name == name and config.max_response_tokens == 36 + 5 + 1 + 2
-        assert config.train.steps == stages[name].steps > 100
+        assert config.train.steps == made[name].steps > 100
+        assert made[name].launch.environment == ONE_MACHINE, "whatever the shell has"
     short = demo._stages(DemoSettings(tmp_path, teacher_steps=2))["teacher"]
     assert load_config(*_split(short)).train.steps == 2, "no more steps of warm-up than steps"
     vopd, opd = configs["vopd"], configs["opd"]
@@ -163,7 +164,7 @@ def test_every_stage_is_a_configuration_that_holds(tmp_path: Path) -> None:
 
 
 def _split(stage: Stage) -> tuple[str, list[str]]:
-    path, *overrides = stage.arguments
+    path, *overrides = stage.launch.arguments
     return path, overrides
 
 
@@ -184,15 +185,10 @@ class TestStage:
     """A stage over a stand-in for the launcher; what the launcher starts is tested elsewhere."""
 
     def _stage(self, tmp_path: Path) -> Stage:
-        return Stage(tmp_path / "x.yaml", (), 1, tmp_path / "run", 3)
+        return Stage(Launch(tmp_path / "x.yaml", (), 1, tmp_path / "run"), 3)
 
     def _launch(self, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
-        real = subprocess.Popen
-
-        def popen(command: list[str], **options: Any) -> subprocess.Popen[str]:
-            return real([sys.executable, "-c", code], **options)
-
-        monkeypatch.setattr(demo_stages.subprocess, "Popen", popen)
+        monkeypatch.setattr(launch, "TORCHRUN", (sys.executable, "-c", code))
 
     def test_status_0_without_a_result_is_no_success(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -212,9 +208,10 @@ class TestStage:
     )
     def test_done(self, tmp_path: Path, status: Any, is_done: bool) -> None:
         stage = self._stage(tmp_path)
-        assert not stage.is_done()
-        stage.export.mkdir(parents=True)
+        stage.run_dir.mkdir()
         (stage.run_dir / "status.json").write_text(json.dumps(status))
+        assert not stage.is_done(), "there is no export"
+        stage.export.mkdir(parents=True)
         assert stage.is_done() == is_done
 
     def test_interrupted_ends_the_launcher(
@@ -229,7 +226,7 @@ class TestStage:
             os.kill(os.getpid(), signal.SIGINT)
             return lines
 
-        monkeypatch.setattr(demo_stages, "thinned", interrupted)
+        monkeypatch.setattr(stages, "thinned", interrupted)
         # A job in the background of a shell ignores SIGINT.
         before = signal.signal(signal.SIGINT, signal.default_int_handler)
         try:

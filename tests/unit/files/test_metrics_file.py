@@ -71,7 +71,7 @@ def test_a_resumed_run_records_repeated_steps_once(last_step: int, tmp_path: Pat
 WRITER = """
 import sys
 from pathlib import Path
-from megatron_vopd.metrics_file import MetricsFile
+from megatron_vopd.files.metrics_file import MetricsFile
 file = MetricsFile(Path(sys.argv[1]), int(sys.argv[2]))
 print("open", flush=True)
 step = int(sys.argv[2])

@@ -9,8 +9,8 @@ import torch
 from megatron_vopd.config.loading import build_config
 from megatron_vopd.rollout.engine import Sampling
 from megatron_vopd.rollout.validate import check_rollouts
-from megatron_vopd.run.build import build_curriculum
 from megatron_vopd.run.dry_run import RandomEngine, at_full_length
+from megatron_vopd.run.settings import build_curriculum
 from megatron_vopd.types import Prompt
 
 VOCAB, STOPS = 11, (3, 7)

@@ -15,7 +15,9 @@ URLS = ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
 
 def _make(settings: dict[str, Any], leader: int, device: str = "cpu") -> Any:
     config = build_config(with_values(settings))
-    return make_engine(config, "model", "run", leader, 2, 512, device, gpu=str(leader))
+    return make_engine(
+        config.rollout, "model", "run/engines", leader, 2, 512, device, config.run.seed, str(leader)
+    )
 
 
 def test_local_engines_have_logs_and_devices_of_their_own() -> None:

@@ -19,7 +19,7 @@ from megatron_vopd.run.folder import (
     step_dir,
     write_latest,
 )
-from megatron_vopd.run.start import Resume, ResumeError, choose
+from megatron_vopd.run.start import Resume, choose
 from megatron_vopd.run.status import Status, write_status
 
 FILES = {"common.json": b'{"x": 1}', "__0_0.distcp": bytes(range(256)), ".metadata": b"index"}
@@ -144,7 +144,7 @@ def test_nothing_valid_is_an_error_and_no_fresh_start(resume: str, run_dir: Path
     other = publish(run_dir.parent / "other", 3)
     for step in saved_steps(run_dir):
         (step_dir(run_dir, step) / "common.json").write_bytes(b"{}")
-    with pytest.raises(ResumeError, match=r"nothing can be resumed from \(.*step_6/common\.json"):
+    with pytest.raises(UserError, match=r"nothing can be resumed from \(.*step_6/common\.json"):
         choose(run_dir, "auto" if resume == "auto" else str(other))
     assert saved_steps(run_dir) == [6, 4, 2]
 
@@ -153,12 +153,12 @@ def test_steps_without_a_checkpoint_are_not_started_over(tmp_path: Path) -> None
     (tmp_path / "metrics.jsonl").write_text('{"step"')
     assert choose(tmp_path, "auto") == Resume(None, 0, ())  # killed within the first line
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
-    with pytest.raises(ResumeError, match="no checkpoint was saved"):
+    with pytest.raises(UserError, match="no checkpoint was saved"):
         choose(tmp_path, "auto")
 
 
 def test_never_refuses_a_run(run_dir: Path) -> None:
-    with pytest.raises(ResumeError, match=r"choose another run\.name"):
+    with pytest.raises(UserError, match=r"choose another run\.name"):
         choose(run_dir, "never")
     assert choose(run_dir / "new", "never") == Resume(None, 0, ())
 
@@ -172,7 +172,7 @@ def test_a_given_checkpoint(run_dir: Path) -> None:
     write_latest(other, 5)
     found = choose(other, str(given))
     assert found.step == 5 and "checkpoints of its own" in found.remarks[0]
-    with pytest.raises(ResumeError, match="step_6 beside it is newer"):
+    with pytest.raises(UserError, match="step_6 beside it is newer"):
         choose(run_dir, str(given))
     with pytest.raises(UserError, match="not a folder"):
         choose(other.parent / "third", str(run_dir / "nowhere"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,6 +165,7 @@ def test_a_second_bar_while_an_evaluation_samples(
     with writer(tmp_path, out) as log, log.progress("evaluation") as progress:
         assert progress is not None
         progress(3, 77)
-        assert log._display is not None and log._display._bar is not None
-        log._display._bar.refresh()
+        deadline = time.monotonic() + 20
+        while "3/77" not in out.getvalue() and time.monotonic() < deadline:
+            time.sleep(0.02)
     assert "3/77" in out.getvalue() and "evaluation" in out.getvalue()

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from tests.support import ROOT
 from tests.support.tools import load_tool, run
 
 study_tool = load_tool("run_study")
@@ -42,7 +47,7 @@ def save_run(out: Path, name: str, accuracy: float, reason: str = "done") -> Non
         {"step": 2, "time/total_seconds": 2.0, "eval/x/avg@1": accuracy},
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / "status.json").write_text(json.dumps({"reason": reason}))
+    (folder / "status.json").write_text(json.dumps({"reason": reason, "step": 2}))
 
 
 @pytest.mark.parametrize("degrees", range(1, 10))
@@ -87,6 +92,56 @@ def test_runs_what_is_missing_and_says_what_failed(tmp_path: Path) -> None:
     assert done.err.strip() == f"two-seed0: failed; see {out / 'two-seed0'}.log"
     log = (out / "two-seed0.log").read_text()
     assert "config.yaml" in log and not (out / "one-seed0.log").exists()
+
+
+# Over a launcher whose runs take for ever, and note that they began and that they could save.
+INTERRUPTED = """
+import sys
+from megatron_vopd.run import launch
+from tests.support.tools import load_tool
+
+run = '''
+import pathlib, signal, sys, time
+name = sys.argv[-1].removeprefix("run.name=")
+def save(*_):
+    pathlib.Path(name + ".saved").touch()
+    sys.exit(1)
+signal.signal(signal.SIGTERM, save)
+pathlib.Path(name + ".began").touch()
+time.sleep(60)
+'''
+launch.TORCHRUN = (sys.executable, "-c", run)
+sys.exit(load_tool("run_study").main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_interrupted_ends_its_runs_and_begins_no_other(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    # A job in the background of a shell ignores SIGINT, and hands that down.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        study = subprocess.Popen(
+            [sys.executable, "-c", INTERRUPTED, save_study(tmp_path), "out", "--jobs", "2"],
+            cwd=tmp_path,
+            env={"PYTHONPATH": str(ROOT), "PATH": ""},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+    deadline = time.monotonic() + 60
+    while len(list(tmp_path.glob("*.began"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    study.send_signal(number)
+    out, err = study.communicate(timeout=60)
+    assert study.returncode == 130 and err == "interrupted; the same command resumes from here\n"
+    assert out == "A study: 4 runs, 0 done already\n", "neither done nor failed"
+    for ending in ("began", "saved"):
+        names = {path.stem for path in tmp_path.glob(f"*.{ending}")}
+        assert names == {"one-seed0", "two-seed0"}
 
 
 @pytest.mark.parametrize(

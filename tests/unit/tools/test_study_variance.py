@@ -1,29 +1,36 @@
-"""The figures of docs/studies/variance.py, from gradients whose moments are known."""
+"""The variance study: its figures from gradients whose moments are known, and a tiny study."""
 
 from __future__ import annotations
 
-import importlib.util
+import json
+import os
+import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
 
 from tests.support import ROOT
+from tests.support.tools import load_tool, run
 
-SCRIPT = ROOT / "tools" / "study_variance.py"
 NAMES = ["none", "full", "topk_reverse 5 (biased)", "exact"]
 BATCHES, SIZE = 64, 40
+# One process, which is a world of its own, makes a study and then the same one again.
+TWICE = """
+import sys
+from tests.support.tools import run
+for _ in range(2):
+    made = run("study_variance", *sys.argv[1:])
+    print(made.out, made.err)
+    assert made.status == 0
+"""
 
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("variance_study", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    return load_tool("study_variance")
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +75,51 @@ def test_intervals_hold_what_is_true(study: ModuleType, gradients: np.ndarray) -
             _, low, high = found[name]["noise_ratio"]
             assert low <= noise <= high, name
     assert found[NAMES[2]]["bias"][2] < -0.2, "a bias is seen"
+
+
+def test_a_tiny_study_made_twice_measures_once(tmp_path: Path) -> None:
+    out, work = tmp_path / "out", tmp_path / "work"
+    options = ["--batches", "3", "--prompts-per-batch", "2", "--max-tokens", "4"]
+    words = [str(out), "--work", str(work), *options, "--train-steps", "1"]
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    for stage in ("start", "later"):
+        lines = [line.split(",")[0] for line in done.stdout.splitlines() if f"{stage}: b" in line]
+        assert lines == [f"{stage}: batch {n} of 3" for n in (1, 2, 3)], "the second has them"
+    results = json.loads((out / "results.json").read_text())
+    assert results["command"] == " ".join(["python tools/study_variance.py", *words])
+    for found in results["stages"].values():
+        assert found["none"]["variance_ratio"][0] == found["none"]["noise_ratio"][0] == 1
+        assert found["full"]["variance_ratio"][0] < 1 and found["exact"]["noise_ratio"][0] < 1e-9
+    assert results["stages"]["start"] != results["stages"]["later"], "weights that were trained"
+    summary = (out / "summary.md").read_text()
+    assert summary.count("| full | ") == 2 and done.stdout.count(summary) == 2
+    assert sorted(path.name for path in out.iterdir()) == [
+        "results.json",
+        "summary.md",
+        "variance.png",
+    ], "nothing else beside the results"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (("--student", "./student"), "--student: expected together with --teacher"),
+        (("--student", "./a", "--teacher", "./b"), "--prompts: expected with --student"),
+        (("--batches", "2"), "--batches: got 2, expected at least 3"),
+    ],
+)
+def test_options_that_do_not_go_together(words: tuple[str, ...], expected: str) -> None:
+    made = run("study_variance", *words)
+    assert made.status == 2 and expected in made.err
+
+
+def test_without_a_folder_results_go_where_they_are_published(study: ModuleType) -> None:
+    options = study.parse([])
+    assert (ROOT / options.out / "summary.md").is_file() and options.work.parts[0] == "runs"

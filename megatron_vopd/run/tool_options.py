@@ -1,0 +1,67 @@
+"""Options and exit statuses of the scripts in tools/, and one line for a user's mistake."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+
+from megatron_vopd.errors import UserError
+from megatron_vopd.run.terminal import is_first_rank
+
+OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+# A comparison that was made, and found that two models differ.
+DIFFERENT = 1
+# --dtype -> name of the data type; None: as stored.
+DTYPE_NAMES = {None: None, "fp32": "float32", "bf16": "bfloat16"}
+
+
+def tool_parser(summary: str, examples: str) -> argparse.ArgumentParser:
+    """Make a parser whose help ends with examples."""
+    return argparse.ArgumentParser(
+        description=summary,
+        epilog=f"examples:\n{examples}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_conversion_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that both directions of a conversion take."""
+    parser.add_argument(
+        "--dtype", choices=("fp32", "bf16"), help="type of the result (default: as stored)"
+    )
+    parser.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the result back and compare every bit before it becomes visible",
+    )
+
+
+def run_tool(action: Callable[[], int]) -> int:
+    """Run `action`, which returns the exit status; a user's mistake is one line and status 2."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    try:
+        return action()
+    except UserError as error:
+        if is_first_rank():
+            print(str(error).replace("\n", " "), file=sys.stderr, flush=True)
+        return MISTAKE
+
+
+def run_on_ranks(action: Callable[[], int]) -> int:
+    """Run `action` as `run_tool` does, on every rank of torchrun's world, or in a world of one."""
+
+    def joined() -> int:
+        from megatron_vopd.megatron.groups import init_single_process, init_world
+
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            init_world("cpu")
+        else:
+            init_single_process()
+        return action()
+
+    return run_tool(joined)
