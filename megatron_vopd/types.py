@@ -22,7 +22,7 @@ LOSS_CHUNK = 4096
 
 
 def divisors(number: int) -> list[int]:
-    """All positive divisors of `number`, ascending."""
+    """Return all positive divisors of `number`, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]
 
 
@@ -38,7 +38,7 @@ class Coordinates:
 
     @property
     def is_leader(self) -> bool:
-        """Whether the rank leads its data-parallel replica: the one that may have an engine."""
+        """True for the rank that leads its data-parallel replica, which may have an engine."""
         return self.tp == self.cp == self.pp == 0
 
 
@@ -85,7 +85,7 @@ class Layout:
         return self.world_size // (self.pp * self.ep)
 
     def coordinates(self, rank: int) -> Coordinates:
-        """Position of global `rank` (0 <= rank < world_size) on every axis."""
+        """Return the position of global `rank` (0 <= rank < world_size) on every axis."""
         stage_size = self.world_size // self.pp
         return Coordinates(
             tp=rank % self.tp,
@@ -96,7 +96,7 @@ class Layout:
         )
 
     def rank_at(self, tp: int, cp: int, dp: int, pp: int) -> int:
-        """The global rank at a place: the inverse of `coordinates`."""
+        """Return the global rank at a place: the inverse of `coordinates`."""
         return tp + self.tp * (cp + self.cp * (dp + self.dp * pp))
 
     def __str__(self) -> str:
@@ -149,5 +149,5 @@ class Rollout:
 
 
 def is_local_path(text: str) -> bool:
-    """Whether `text` is a path by its beginning (otherwise a hub id, or a mistake)."""
+    """Return whether `text` is a path by its beginning (otherwise a hub id, or a mistake)."""
     return text.startswith(("/", "./", "../", "~"))
