@@ -21,13 +21,13 @@ from megatron_vopd.config.schema import Config
 from megatron_vopd.config.table import config_table_markdown
 from megatron_vopd.config.world import smallest_world
 from megatron_vopd.data.prompts import evaluation_problems
-from megatron_vopd.errors import ConfigError, Problem, UserError, shown
+from megatron_vopd.errors import MISTAKE, OK, ConfigError, Problem, UserError, shown
 from megatron_vopd.preflight.checks import preflight
 from megatron_vopd.preflight.show import print_config, print_memory, print_ranks
 from megatron_vopd.run.report import described, write_report
 from megatron_vopd.run.status import FINAL, clear, exit_code, run_dir_of
 
-OK, MISTAKE = 0, 2
+_SETTINGS = "settings are section.key=value"
 
 _CHECK_HELP = """\
 Check a configuration without starting anything and without a GPU: every setting, the conditions
@@ -70,31 +70,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
-    parser, check_parser = _parsers()
-    options, surplus = parser.parse_known_args(arguments)
-    if options.command is None:
-        parser.print_help(sys.stderr)
-        return MISTAKE
-    if options.command == "config-table":
-        print(config_table_markdown(), end="")
-        return OK
-    unknown = [text for text in surplus if text.startswith("-")]
-    if options.command in ("report", "demo") and surplus:
-        takes = "one RUN_DIR" if options.command == "report" else "options only (--help)"
-        parser.error(f"unknown argument {shown(surplus[0])}; vopd {options.command} takes {takes}")
-    if options.command == "report":
-        return report(options.run_dir)
-    if options.command == "exit-code":
-        return end_of_run(options.config, [*options.overrides, *surplus], options.clear)
-    if options.command == "demo":
-        return demo(options)
-    if unknown:
-        check_parser.error(f"unknown option {shown(unknown[0])}; settings are section.key=value")
-    overrides = [*options.overrides, *surplus]
-    return check(options.config, overrides, options.world_size, options.gpu_memory)
+    given = sys.argv[1:] if arguments is None else list(arguments)
+    parser, commands = _parsers()
+    if given and given[0] in commands:
+        options, unknown = commands[given[0]].parse_known_intermixed_args(given[1:])
+        if unknown:
+            commands[given[0]].error(f"unknown argument {shown(unknown[0])}; {options.takes}")
+        return options.run(options)
+    parser.parse_args(given)
+    parser.print_help(sys.stderr)
+    return MISTAKE
 
 
-def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
+def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
+    """Make the parser of the command, and those of its subcommands by name.
+
+    Each subcommand sets `run`, which takes its options, and `takes`, said of an unknown argument.
+    """
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
         prog="vopd",
@@ -107,8 +99,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         formatter_class=plain,
     )
     parser.add_argument("--version", action="version", version=f"vopd {__version__}")
-    commands = parser.add_subparsers(dest="command", metavar="command")
-    checking = _check_parser(commands)
+    commands = parser.add_subparsers(metavar="command")
+    _add_check(commands)
     reporting = commands.add_parser(
         "report",
         help="write report.html of a run: curves of its metrics",
@@ -116,34 +108,51 @@ def _parsers() -> tuple[argparse.ArgumentParser, argparse.ArgumentParser]:
         "entropy, variance ratio, lengths, gradient norm and times in one file that needs no "
         "network. Works while the run goes on.",
     )
+    reporting.set_defaults(
+        run=lambda given: report(given.run_dir), takes="vopd report takes one RUN_DIR"
+    )
     reporting.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
+    _add_exit_code(commands)
+    _add_demo(commands)
+    table = commands.add_parser(
+        "config-table",
+        help="print all settings with values, defaults and meaning (Markdown)",
+        description="Print all settings as a Markdown table: values, defaults and meaning.",
+    )
+    table.set_defaults(run=lambda _: config_table(), takes="vopd config-table takes none")
+    return parser, commands.choices
+
+
+def _add_exit_code(commands: Any) -> None:
     ending = commands.add_parser(
         "exit-code",
         help="how a run ended, as an exit status, for launch scripts",
         description=_EXIT_HELP,
-        formatter_class=plain,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    ending.set_defaults(
+        run=lambda given: end_of_run(given.config, given.overrides, given.clear), takes=_SETTINGS
     )
     ending.add_argument("config", metavar="CONFIG", help="as given to the training command")
     ending.add_argument("overrides", metavar="section.key=value", nargs="*", default=[])
     ending.add_argument(
         "--clear", action="store_true", help="before a start: forget how the last one ended"
     )
-    _add_demo(commands)
-    commands.add_parser(
-        "config-table",
-        help="print all settings with values, defaults and meaning (Markdown)",
-        description="Print all settings as a Markdown table: values, defaults and meaning.",
-    )
-    return parser, checking
+    # Of the training command, which gets the same arguments.
+    ending.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)
 
 
-def _check_parser(commands: Any) -> argparse.ArgumentParser:
+def _add_check(commands: Any) -> None:
     checking = commands.add_parser(
         "check",
         help="check a configuration and show where every rank goes",
         description=_CHECK_HELP,
         epilog=_CHECK_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    checking.set_defaults(
+        run=lambda given: check(given.config, given.overrides, given.world_size, given.gpu_memory),
+        takes=_SETTINGS,
     )
     checking.add_argument("config", metavar="CONFIG", help="YAML file; see examples/")
     checking.add_argument(
@@ -166,7 +175,6 @@ def _check_parser(commands: Any) -> argparse.ArgumentParser:
         metavar="GB",
         help="memory of one GPU in 10^9 bytes (default 80)",
     )
-    return checking
 
 
 def _add_demo(commands: Any) -> None:
@@ -176,6 +184,7 @@ def _add_demo(commands: Any) -> None:
         description=_DEMO_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    trying.set_defaults(run=demo, takes="vopd demo takes options only (--help)")
     add = trying.add_argument
     add("--out", metavar="DIR", default="runs/demo", help="folder (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of data, models and samples (default: 0)")
@@ -203,6 +212,12 @@ def demo(options: argparse.Namespace) -> int:
         models_only=options.models_only,
     )
     return run_demo(settings, options.fresh)
+
+
+def config_table() -> int:
+    """Print all settings."""
+    print(config_table_markdown(), end="")
+    return OK
 
 
 def _positive(text: str) -> float:
@@ -241,10 +256,9 @@ def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: f
 
 
 def end_of_run(path: str, overrides: list[str], is_clearing: bool) -> int:
-    """The exit status that a launch script should end with; with `is_clearing`, of clearing."""
-    settings = [text for text in overrides if not text.startswith("-")]
+    """Return what a launch script should end with; with `is_clearing`, whether that worked."""
     try:
-        run_dir = run_dir_of(path, settings)
+        run_dir = run_dir_of(path, overrides)
         if is_clearing:
             clear(run_dir)
             return OK

@@ -1,4 +1,4 @@
-"""What all ranks do as one: agree, fail, stop, add up.
+"""Agreement of all ranks: they fail together, stop together and add up.
 
 A rank that fails while others wait in a collective would leave them there until a deadline. So
 every action that can fail on one rank alone is made through `all_ranks` or `rank_0`: the outcomes
@@ -66,6 +66,7 @@ def rank_0(action: Callable[..., T], *args: Any, **kwargs: Any) -> T:
 def _attempt(
     action: Callable[..., T], args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[T | None, UserError | None]:
+    """Call `action`; return its result, or the error that the user is to see."""
     try:
         return action(*args, **kwargs), None
     except UserError as caught:
@@ -90,8 +91,8 @@ def first_error(error: Exception | None) -> None:
     """Raise on every rank when any rank has an error; the message names the first such rank.
 
     Raises:
-        StopRequested: on any rank; whatever else went wrong no longer matters.
-        UserError: it is a mistake of the user.
+        StopRequested: a rank was asked to stop; other errors are dropped.
+        UserError: the first error is a mistake of the user.
         EngineError: any other; its cause is this rank's own error, where it has one.
     """
     own = None if error is None else (_kind(error), str(error) or repr(error))
@@ -116,8 +117,8 @@ def gather_outcomes(result: Any, failure: str) -> tuple[list[Any], list[str]]:
     """Return the results of all ranks that have one, and all failures, each with its rank.
 
     Args:
-        result: of this rank; None: it has none.
-        failure: what went wrong here; empty: nothing did.
+        result: this rank's result; None: it has none. Travels pickled, in one all-gather.
+        failure: what went wrong on this rank; empty: nothing did.
     """
     outcomes = _all_gather_objects((result, failure))
     results = [result for result, _ in outcomes if result is not None]
@@ -129,6 +130,10 @@ def first_reason(reason: str, device: torch.device | str) -> str:
     """Return the reason of the lowest rank that has one, on every rank; empty: none has.
 
     One all-reduce of a number; texts travel only when there is one.
+
+    Args:
+        reason: this rank's reason; empty: it has none.
+        device: where the number is summed.
     """
     flag = torch.tensor([float(bool(reason))], dtype=torch.float64, device=device)
     if not float(sum_over_world(flag)):
@@ -146,7 +151,8 @@ def _all_gather_objects(own: Any) -> list[Any]:
 def speaks_for_all() -> bool:
     """Return True on the first rank of the world that asks. No rank waits for another.
 
-    An 8-byte counter in the store through which the ranks met; without the store every rank speaks.
+    Counts in the store through which the ranks met (8 bytes); without the store every rank gets
+    True.
     """
     store = dist.distributed_c10d._get_default_store()
     try:
@@ -157,10 +163,10 @@ def speaks_for_all() -> bool:
 
 
 class StopFlag:
-    """Whether this process was asked to stop. Driven from the main thread.
+    """A flag that SIGTERM or SIGINT sets: the process was asked to stop. For the main thread.
 
     Args:
-        device: of the flag when ranks compare theirs.
+        device: where ranks compare their flags.
     """
 
     def __init__(self, device: torch.device | str = "cpu") -> None:
@@ -169,12 +175,12 @@ class StopFlag:
         self._may_raise = False
 
     def listen(self) -> None:
-        """From here on let signals set the flag; a second one adds nothing."""
+        """Let signals set the flag from here on; a second one adds nothing."""
         assert threading.current_thread() is threading.main_thread()
         for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, self._asked)
+            signal.signal(number, self._on_signal)
 
-    def _asked(self, *_: Any) -> None:
+    def _on_signal(self, *_: Any) -> None:
         self.is_set = True
         if self._may_raise:
             self._may_raise = False
@@ -182,7 +188,7 @@ class StopFlag:
 
     @contextmanager
     def abortable(self) -> Iterator[None]:
-        """Hold a wait that the signal ends by StopRequested; nothing in it may be a collective."""
+        """Let a signal raise StopRequested inside the block, which must hold no collective."""
         self._may_raise = True
         try:
             if self.is_set:
@@ -215,10 +221,10 @@ def broadcast_from_position(
 
 
 def join_slices(whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Join `whole` of fp32 values, of which each rank has its own slice, and zeros elsewhere.
+    """Join the ranks' slices of `whole`, fp32: each rank has its slice, and zeros elsewhere.
 
-    Added up as integers, so that the bits of every value survive, -0.0 included. One all-reduce of
-    the whole tensor over `group`.
+    They are added as integers, so that the bits of every value survive, -0.0 included, and written
+    over `whole`. One all-reduce of the whole tensor over `group`.
     """
     if group.size() > 1:
         dist.all_reduce(whole.view(torch.int32), group=group)

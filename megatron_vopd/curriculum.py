@@ -1,9 +1,9 @@
-"""How long responses may be: a ladder of lengths, climbed by entropy, by steps, or not at all.
+"""Length curricula: a ladder of response lengths, climbed by entropy, by steps, or not at all.
 
-The entropy gate (arXiv 2605.16826; method.md section 5): at a check, the student's mean entropy
-per token over held-out prompts, measured at the current length, must be at least a threshold for
-the next rung; otherwise the length holds. There is no way back. The paper publishes neither
-threshold nor ladder nor interval: the defaults are ours.
+The entropy gate (arXiv 2605.16826; docs/how/method.md, section 5): at a check, the student's mean
+entropy per token over held-out prompts, measured at the current length, must be at least a
+threshold for the next rung; otherwise the length holds. No check lowers it. The paper publishes
+neither threshold nor ladder nor interval: the defaults are ours.
 
 All kinds share one interface, and know no device, rank or file:
 
@@ -20,43 +20,48 @@ from typing import Any, Protocol
 
 
 class Curriculum(Protocol):
-    """What training asks of a curriculum.
+    """The interface of a length curriculum.
 
     Attributes:
-        remark: what the last `update` or `load_state_dict` did and why, one line for the reader;
-            empty when it did nothing worth telling.
+        remark: a log line, what the last `update` or `load_state_dict` did and why; empty when
+            there is nothing to report.
     """
 
     remark: str
 
     @property
     def max_response_tokens(self) -> int:
-        """Longest response of the current stage."""
+        """Longest response of the current stage, in tokens."""
         ...
 
     @property
     def needs_entropy(self) -> bool:
-        """Whether `update` needs a measurement."""
+        """True when `update` needs a measured entropy."""
         ...
 
     def due(self, step: int) -> bool:
-        """Whether `update` is to be called now, `step` optimizer steps having been made."""
+        """Return True when `update` is to be called after `step` optimizer steps."""
         ...
 
     def update(self, step: int, entropy: float | None) -> None:
-        """Decide the stage from here on."""
+        """Decide the stage from here on, and set `remark`.
+
+        Args:
+            entropy: mean over held-out prompts at the current length, nats per token; None: not
+                measured, as `needs_entropy` is False.
+        """
         ...
 
     def metrics(self) -> dict[str, float]:
-        """`curriculum/*` of the current stage."""
+        """Return the metrics `curriculum/*` of the current stage."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """JSON values that `load_state_dict` goes on from."""
+        """Return JSON values that `load_state_dict` restores."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Undo whatever happened since `state` was taken."""
+        """Restore `state`, which drops whatever happened since it was taken; set `remark`."""
         ...
 
 
@@ -72,7 +77,7 @@ def _rung(stage: int, ladder: Sequence[int]) -> str:
 
 
 def _ladder_remark(state: dict[str, Any], stage: int, ladder: Sequence[int]) -> str:
-    """What a ladder other than the checkpoint's means for the run."""
+    """Describe what a ladder other than the checkpoint's means; empty when it is the same."""
     before, length = state.get("ladder"), state["max_response_tokens"]
     if before is None or list(before) == list(ladder):
         return ""
@@ -84,16 +89,18 @@ def _ladder_remark(state: dict[str, Any], stage: int, ladder: Sequence[int]) -> 
 
 
 class EntropyGatedLength:
-    """The next rung when the student's entropy is high enough; otherwise the current one holds.
+    """A ladder whose next rung is taken when the student's entropy is high enough.
+
+    arXiv 2605.16826; docs/how/method.md, section 5.
 
     Args:
         ladder: response lengths in tokens, ascending.
         min_entropy: threshold in nats per token; None: by fraction.
         min_entropy_fraction: threshold as a share of the run's first measurement; unused when
             `min_entropy` is given.
-        interval: optimizer steps between checks, and at least per rung.
-        ema: weight of the past in the smoothed entropy; 0 = the last measurement alone. It starts
-            anew at each rung: carried over, it would lag behind a closing gate.
+        interval: optimizer steps between checks, and the fewest that a rung lasts.
+        ema: weight of the past in the smoothed entropy; 0 = the last measurement alone. It
+            restarts at each rung: carried over, it would lag behind a closing gate.
 
     Raises:
         ValueError: an argument out of its range.
@@ -139,12 +146,12 @@ class EntropyGatedLength:
 
     @property
     def entropy(self) -> float | None:
-        """What the last check compared with the threshold, nats per token; None before it."""
+        """Smoothed entropy that the last check compared, nats per token; None before the first."""
         return self._entropy
 
     @property
     def threshold(self) -> float | None:
-        """Entropy to advance; None when it is relative and nothing has been measured yet."""
+        """Entropy to advance, nats per token; None: relative, and nothing measured yet."""
         if self._min_entropy is not None:
             return self._min_entropy
         if self._first_entropy is None or self._fraction is None:
@@ -152,13 +159,16 @@ class EntropyGatedLength:
         return self._fraction * self._first_entropy
 
     def due(self, step: int) -> bool:
-        """Whether an interval has passed since the last check."""
+        """Return True when an interval has passed since the last check."""
         return step - self._last_check >= self._interval
 
     def update(self, step: int, entropy: float | None) -> None:
         """Take a measurement made after `step` optimizer steps at the current length.
 
         A measurement before the stage has lasted one interval is remembered but never advances.
+
+        Raises:
+            ValueError: `entropy` is None or not finite.
         """
         if entropy is None or not math.isfinite(entropy):
             raise ValueError(f"entropy: expected a finite number of nats, got {entropy}")
@@ -174,10 +184,12 @@ class EntropyGatedLength:
         before = self._stage
         if stayed and not last and self._entropy >= threshold:
             self._stage, self._stage_start, self._restarts = self._stage + 1, step, True
-        self.remark = self._told(step, entropy, threshold, before, stayed)
+        self.remark = self._remark(step, entropy, threshold, before, stayed)
 
-    def _told(self, step: int, measured: float, threshold: float, before: int, stayed: bool) -> str:
-        """The check in one line: measurement, threshold, and why the length grows or holds."""
+    def _remark(
+        self, step: int, measured: float, threshold: float, before: int, stayed: bool
+    ) -> str:
+        """Describe a check in one line: measurement, threshold, why the length grows or holds."""
         assert self._entropy is not None
         sign = ">=" if self._entropy >= threshold else "<"
         smoothed = f" (measured {measured:.4f}, smoothed)" if self._ema else ""
@@ -192,14 +204,14 @@ class EntropyGatedLength:
         return f"curriculum after step {step}: {compared}: {outcome}"
 
     def metrics(self) -> dict[str, float]:
-        """Stage, length, and the smoothed entropy and the threshold once there are."""
+        """Return stage and length, and smoothed entropy and threshold once they exist."""
         found = _metrics(self._stage, self.max_response_tokens, self._entropy)
         if self._entropy is not None and self.threshold is not None:
             found["curriculum/threshold"] = self.threshold
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Stage, ladder, length; start and last check (steps); smoothed and first entropy (nats).
+        """Return stage, ladder, length; start and last check (steps); smoothed and first entropy.
 
         `restarts`: the next measurement is the first of its stage.
         """
@@ -215,10 +227,10 @@ class EntropyGatedLength:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`.
+        """Resume from `state`.
 
         When the ladder has changed, the run stays at its length: on the rung of that length, or
-        else on the longest one below it (the first, if there is none), where smoothing starts anew.
+        else on the longest one below it (the first, if there is none), where smoothing restarts.
         """
         length = state["max_response_tokens"]
         self._stage = _stage_of(length, self._ladder)
@@ -230,7 +242,7 @@ class EntropyGatedLength:
 
 
 class FixedLength:
-    """Always the last rung."""
+    """A length that is always the last rung of the ladder."""
 
     needs_entropy = False
 
@@ -243,11 +255,11 @@ class FixedLength:
         return self._ladder[-1]
 
     def due(self, step: int) -> bool:
-        """Never."""
+        """Return False: the length never changes."""
         return False
 
     def update(self, step: int, entropy: float | None = None) -> None:
-        """Nothing."""
+        """Ignore the measurement: the length never changes."""
 
     def metrics(self) -> dict[str, float]:
         return _metrics(len(self._ladder) - 1, self.max_response_tokens, None)
@@ -260,14 +272,14 @@ class FixedLength:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing, but that the length may be another one than before."""
+        """Restore nothing; set `remark` if the fixed length changed."""
         before, after = state["max_response_tokens"], self.max_response_tokens
-        told = f"curriculum: the length was fixed at {before} and is {after} tokens"
-        self.remark = told if before != after else ""
+        changed = f"curriculum: the length was fixed at {before} and is {after} tokens"
+        self.remark = changed if before != after else ""
 
 
 class LinearLength:
-    """The next rung every `interval` steps, whatever the entropy."""
+    """A ladder whose next rung is taken every `interval` steps, whatever the entropy."""
 
     needs_entropy = False
 
@@ -285,7 +297,7 @@ class LinearLength:
         return self._ladder[self._stage]
 
     def due(self, step: int) -> bool:
-        """Whether an interval has passed since the last check."""
+        """Return True when an interval has passed since the last check."""
         return step - self._last_check >= self._interval
 
     def update(self, step: int, entropy: float | None = None) -> None:
@@ -303,7 +315,7 @@ class LinearLength:
         return _metrics(self._stage, self.max_response_tokens, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Ladder, length of the stage and step of the last check."""
+        """Return ladder, length of the stage and step of the last check."""
         return {
             "ladder": list(self._ladder),
             "max_response_tokens": self.max_response_tokens,
@@ -311,14 +323,14 @@ class LinearLength:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from `state`; a changed ladder as in EntropyGatedLength."""
+        """Resume from `state`; a changed ladder as in EntropyGatedLength."""
         self._stage = _stage_of(state["max_response_tokens"], self._ladder)
         self._last_check = state["last_check"]
         self.remark = _ladder_remark(state, self._stage, self._ladder)
 
 
 def _stage_of(length: int, ladder: Sequence[int]) -> int:
-    """The rung of that length, else the longest one below it, else the first."""
+    """Return the index of the rung of that length, else of the longest below it, else 0."""
     return max(sum(rung <= length for rung in ladder) - 1, 0)
 
 

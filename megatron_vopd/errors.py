@@ -1,7 +1,7 @@
 """Errors as data: one line that says what, where, what was expected and the remedy.
 
-`UserError` and its kinds are mistakes of the user (exit status 2); `EngineError`,
-`GradingError` and `SkipLimitError` end a run (exit status 1).
+`UserError` and its kinds are mistakes of the user (exit status MISTAKE); `RunFailure` and its kinds
+end a run (exit status FAILED).
 """
 
 from __future__ import annotations
@@ -10,12 +10,15 @@ import reprlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+# Exit statuses of the commands, the tools and a rank; `run.status` adds those for launch scripts.
+OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+
 _SHORT = reprlib.Repr()
 _SHORT.maxstring = _SHORT.maxother = _SHORT.maxlong = 80
 
 
 def shown(value: object) -> str:
-    """`value` on one printable ASCII line of bounded length, whatever it holds."""
+    """Return `value` on one printable ASCII line of bounded length, whatever it holds."""
     text = _SHORT.repr(value)
     return text.encode("ascii", "backslashreplace").decode("ascii")
 
@@ -56,7 +59,7 @@ class Notice:
 class UserError(ValueError):
     """A mistake of the user: one line that says what, where, expected and the remedy.
 
-    Commands print it without a traceback and exit with status 2.
+    Commands print it without a traceback and exit with status MISTAKE.
     """
 
 
@@ -78,7 +81,7 @@ class LayoutError(UserError):
 
 
 def without_failed(problems: Iterable[Problem], failed: Sequence[str]) -> list[Problem]:
-    """The problems that depend on none of the `failed` keys (or sections)."""
+    """Return the problems that depend on none of the `failed` keys (or sections)."""
 
     def depends(key: str) -> bool:
         return any(key == bad or key.startswith(f"{bad}.") for bad in failed)
@@ -87,16 +90,20 @@ def without_failed(problems: Iterable[Problem], failed: Sequence[str]) -> list[P
 
 
 class StopRequested(Exception):  # noqa: N818 (nothing went wrong)
-    """The run was asked to stop; raised on every rank."""
+    """A request to stop the run; raised on every rank."""
 
 
-class EngineError(RuntimeError):
-    """The engine failed, hung or answered wrongly: phase, engine, what was seen."""
+class RunFailure(RuntimeError):  # noqa: N818 (named for what it ends, not for a mistake)
+    """A failure that ends a well-configured run: one line without a traceback, status FAILED."""
 
 
-class GradingError(RuntimeError):
-    """The grading process does not start or does not answer."""
+class EngineError(RunFailure):
+    """An engine that failed, hung or answered wrongly; names phase, engine, what was seen."""
 
 
-class SkipLimitError(RuntimeError):
-    """Too many steps in a row were skipped."""
+class GradingError(RunFailure):
+    """A grading process that does not start or does not answer."""
+
+
+class SkipLimitError(RunFailure):
+    """A run in which too many steps in a row were skipped."""

@@ -1,8 +1,9 @@
 """Objectives as pure functions from statistics to per-token coefficients; one dict line each.
 
 Everything here is per token, detached, and knows no device, rank or file. Notation and equation
-numbers: method.md (A = arXiv 2605.07865, B = arXiv 2605.16826). The loss that the coefficients
-weight is in `Coefficients`; an objective is a row of OBJECTIVES, a baseline a row of `advantages`.
+numbers: docs/how/method.md (A = arXiv 2605.07865, B = arXiv 2605.16826). The loss that the
+coefficients weight is in `Coefficients`; an objective is a row of OBJECTIVES, a baseline a row of
+BASELINES. Each has its word in the configuration, in config/method.
 """
 
 from __future__ import annotations
@@ -21,22 +22,22 @@ from megatron_vopd.types import LOSS_CHUNK, Rollout
 
 @dataclass(frozen=True)
 class ObjectiveSettings:
-    """What the objectives need to know; the defaults are those of the configuration.
+    """Settings of the objectives, by the names that they have in the configuration.
 
     Attributes:
-        baseline: key of `advantages` (estimator `sampled`).
+        baseline: key of `advantages`, for objectives with an advantage.
         reverse_weight: lambda of `mixed`.
         importance, importance_cap: key of IMPORTANCE and its cap.
         entropy_gate: nats of teacher entropy above which FKL is added; None: off.
         reward_floor: lambda in (0, 1) of the floor log(lambda) / (1 - lambda); None: off.
     """
 
-    baseline: str = "full"
-    reverse_weight: float = 0.2
-    importance: str = "truncate"
-    importance_cap: float = 2.0
-    entropy_gate: float | None = None
-    reward_floor: float | None = None
+    baseline: str
+    reverse_weight: float
+    importance: str
+    importance_cap: float
+    entropy_gate: float | None
+    reward_floor: float | None
 
     def __post_init__(self) -> None:
         for field, value, table in (
@@ -73,10 +74,15 @@ class Objective:
 
     name: str
     settings: ObjectiveSettings
-    topk: int = 0
-    temperature: float = 1.0
+    topk: int
+    temperature: float
     chunk: int = LOSS_CHUNK
     mode: Literal["grad_in_forward", "recompute"] = "grad_in_forward"
+
+    @property
+    def row(self) -> ObjectiveRow:
+        """The row of OBJECTIVES; raises ValueError for an unknown name."""
+        return row_of(self.name)
 
 
 def reward(stats: DistillStats) -> Tensor:
@@ -105,16 +111,10 @@ def _advantage(name: str) -> Callable[[DistillStats], Tensor]:
 
 
 # Name of the baseline -> function from statistics to the detached advantage [T].
-advantages: dict[str, Callable[[DistillStats], Tensor]] = {
-    "none": _advantage("none"),
-    "full": _advantage("full"),
-    "topk": _advantage("topk"),
-    "topk_tail": _advantage("topk_tail"),
-    "optimal": _advantage("optimal"),
-}
+advantages = {name: _advantage(name) for name in BASELINES}
 
 
-# rho -> w (method.md section 4); N, the token count, does not change with the mask.
+# rho -> w (docs/how/method.md section 4); N, the token count, does not change with the mask.
 IMPORTANCE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "none": lambda ratio, cap: torch.ones_like(ratio),
     "truncate": lambda ratio, cap: ratio.clamp(max=cap),
@@ -196,14 +196,37 @@ def hard(stats: DistillStats, settings: ObjectiveSettings) -> Coefficients:
     return _constant(stats, policy=1.0)
 
 
-OBJECTIVES: dict[str, Callable[[DistillStats, ObjectiveSettings], Coefficients]] = {
-    "sampled": sampled,
-    "reverse": reverse,
-    "forward": forward,
-    "mixed": mixed,
-    "topk_reverse": topk_reverse,
-    "hard": hard,
+@dataclass(frozen=True)
+class ObjectiveRow:
+    """A row of OBJECTIVES.
+
+    Attributes:
+        coefficients: from the statistics of tokens and the settings to their coefficients.
+        needs_teacher: whether it compares with a teacher.
+        has_advantage: whether `policy` is an advantage: the importance weight then multiplies it,
+            the task reward is added to it, and its mean and deviation are measured.
+    """
+
+    coefficients: Callable[[DistillStats, ObjectiveSettings], Coefficients]
+    needs_teacher: bool = True
+    has_advantage: bool = False
+
+
+OBJECTIVES = {
+    "sampled": ObjectiveRow(sampled, has_advantage=True),
+    "reverse": ObjectiveRow(reverse),
+    "forward": ObjectiveRow(forward),
+    "mixed": ObjectiveRow(mixed),
+    "topk_reverse": ObjectiveRow(topk_reverse),
+    "hard": ObjectiveRow(hard, needs_teacher=False),
 }
+
+
+def row_of(name: str) -> ObjectiveRow:
+    """Return a row of OBJECTIVES; raises ValueError for an unknown name."""
+    if name not in OBJECTIVES:
+        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
+    return OBJECTIVES[name]
 
 
 def coefficients(
@@ -213,21 +236,20 @@ def coefficients(
     rollout_logprob_T: Tensor | None = None,
     extra_advantage_T: Tensor | None = None,
 ) -> Coefficients:
-    """Coefficients of objective `name` with the settings' gate and importance weight applied.
+    """Return the coefficients of objective `name`, with gate and importance weight applied.
 
     Args:
         stats: of this chunk.
-        rollout_logprob_T: [T] log mu(a) of the same rows: the policy term of `sampled` is weighted
-            by w(rho), the whole centred advantage included; None: w = 1.
-        extra_advantage_T: [T] added to the advantage of `sampled` before the weight (task reward).
+        rollout_logprob_T: [T] log mu(a) of the same rows: an advantage is weighted by w(rho), its
+            baseline included; None: w = 1.
+        extra_advantage_T: [T] added to an advantage before the weight (task reward).
 
     Raises:
         ValueError: unknown name, or a top-k objective without top-k statistics.
     """
-    if name not in OBJECTIVES:
-        raise ValueError(f"objective: expected one of {', '.join(OBJECTIVES)}, got {name!r}")
-    result = OBJECTIVES[name](stats, settings)
-    if name == "sampled":
+    row = row_of(name)
+    result = row.coefficients(stats, settings)
+    if row.has_advantage:
         policy = result.policy
         if extra_advantage_T is not None:
             policy = policy + extra_advantage_T

@@ -2,7 +2,7 @@
 
 Every rank runs `main`. A mistake of the user is one line and exit status 2; a failure of the run
 (an engine, a lost rank, a full disk, too many skipped steps) is one line and exit status 1. The
-first rank that knows says it, and the others keep silent.
+first rank that notices prints it; the others print nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 if __name__ == "__main__":
     # Before the imports: megatron-core and torch report each fallback of a machine without GPU or
-    # TransformerEngine, on every rank. And Ctrl-C, while they take their seconds, just ends it.
+    # TransformerEngine, on every rank. And Ctrl-C during the seconds that they take just exits.
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
@@ -28,14 +28,13 @@ import torch.distributed as dist
 
 from megatron_vopd.collectives import StopFlag, all_ranks, speaks_for_all
 from megatron_vopd.config import Config, load_config
-from megatron_vopd.errors import EngineError, GradingError, SkipLimitError, UserError
+from megatron_vopd.errors import FAILED, INTERRUPTED, MISTAKE, OK, RunFailure, UserError
 from megatron_vopd.megatron.groups import init_world
 from megatron_vopd.run.begin import begin
 from megatron_vopd.run.dry_run import dry_run
 from megatron_vopd.run.loop import ending_noted, train
 from megatron_vopd.run.start import longest_wait_seconds, resolved_device
 
-OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 # What gloo, nccl and the store say when a rank does not take part.
 LOST_RANK = ("Connection closed", "Connection reset", "Connection refused", "Broken pipe")
 LOST_RANK += ("Timed out", "timed out", "Timeout", "timeout")
@@ -50,18 +49,18 @@ examples:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train as configured; returns the exit status."""
+    """Train as configured; return the exit status."""
     options = _parser().parse_intermixed_args(arguments)
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
         return _status(options)
     except KeyboardInterrupt:  # also while another error was being handled
-        return _ended(INTERRUPTED, "interrupted; what was recorded is in the run folder")
+        return _report(INTERRUPTED, "interrupted; what was recorded is in the run folder")
 
 
 def _status(options: argparse.Namespace) -> int:
-    """The exit status of the run; every error that a user can meet is told in one line."""
+    """Run as asked and return the exit status; errors that a user can meet become one line."""
     try:
         _require_torchrun()
         config = load_config(options.config, options.overrides)
@@ -70,20 +69,20 @@ def _status(options: argparse.Namespace) -> int:
         (dry_run if options.dry_run else _train)(config, device)
         return OK
     except UserError as error:
-        return _ended(MISTAKE, str(error))
-    except (EngineError, SkipLimitError, GradingError) as error:
-        return _ended(FAILED, f"{type(error).__name__}: {error}")
+        return _report(MISTAKE, str(error))
+    except RunFailure as error:
+        return _report(FAILED, f"{type(error).__name__}: {error}")
     except OSError as error:
         where = "" if error.filename is None else f"{error.filename}: "
-        return _ended(FAILED, f"rank {_rank()}: {where}{error.strerror or error}; check the disk")
+        return _report(FAILED, f"rank {_rank()}: {where}{error.strerror or error}; check the disk")
     except torch.OutOfMemoryError as error:
         remedy = "lower train.max_tokens_per_microbatch, or cut the models into more parts"
-        return _ended(FAILED, f"rank {_rank()}: {_first_line(error)}; {remedy}")
+        return _report(FAILED, f"rank {_rank()}: {_first_line(error)}; {remedy}")
     except RuntimeError as error:
         if not any(text in str(error) for text in LOST_RANK):
             raise
         seen = f"rank {_rank()}: another rank is gone or hangs ({_first_line(error)})"
-        return _ended(FAILED, f"{seen}; torchrun names the first that failed")
+        return _report(FAILED, f"{seen}; torchrun names the first that failed")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -110,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _interrupt(*_: Any) -> None:
-    """Once: what is being closed then must not be interrupted by a second signal."""
+    """Raise KeyboardInterrupt once: a second signal must not interrupt the closing."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
@@ -145,12 +144,15 @@ def _rank() -> int:
 
 
 def _first_line(error: Exception) -> str:
-    """Without the place in torch's sources that gloo's and nccl's messages begin with."""
+    """Return the first sentence, without the place in torch's sources that it may begin with."""
     return re.sub(r"^\[[^]]*\] ?", "", str(error).strip().partition("\n")[0]).split(". ")[0][:200]
 
 
-def _ended(status: int, line: str) -> int:
-    """The line, by the first rank that knows; before they have met, by the first of each node."""
+def _report(status: int, line: str) -> int:
+    """Print `line` once per job and return `status`.
+
+    The first rank that comes here prints; before the ranks have met, the first of each node does.
+    """
     meets = dist.is_initialized()
     if speaks_for_all() if meets else os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stdout.flush()

@@ -17,7 +17,7 @@ from typing import Literal
 
 from megatron_vopd.errors import LayoutError
 
-# Response tokens whose logits exist at a time, of both models.
+# Response tokens for which the logits of both models exist at a time.
 LOSS_CHUNK = 4096
 
 
@@ -28,7 +28,7 @@ def divisors(number: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Coordinates:
-    """Where one rank sits in a layout."""
+    """Place of one rank in a layout: its index on every axis."""
 
     tp: int
     cp: int
@@ -44,10 +44,13 @@ class Coordinates:
 
 @dataclass(frozen=True)
 class Layout:
-    """How `world_size` ranks are cut: tp fastest, then cp, dp, pp slowest (megatron-core's order).
+    """A division of `world_size` ranks: tp fastest, then cp, dp, pp slowest (as in megatron-core).
 
     Experts are never cut inside (expert tensor size 1): within a pipeline stage they are spread
     over `ep` consecutive ranks; the other `world_size / (pp * ep)` are their data parallelism.
+
+    Raises:
+        LayoutError: a size below 1, or sizes that do not divide the world.
     """
 
     world_size: int
@@ -76,12 +79,12 @@ class Layout:
 
     @property
     def dp(self) -> int:
-        """Data-parallel replicas of the model."""
+        """Number of data-parallel replicas of the model."""
         return self.world_size // (self.tp * self.pp * self.cp)
 
     @property
     def expert_dp(self) -> int:
-        """Replicas of each expert."""
+        """Number of replicas of each expert."""
         return self.world_size // (self.pp * self.ep)
 
     def coordinates(self, rank: int) -> Coordinates:
@@ -117,7 +120,7 @@ class Prompt:
     Attributes:
         prompt_id: stable over the run: source and position of its record.
         ids: token ids, chat template applied.
-        answer: reference answer of the record; None: none.
+        answer: reference answer of the record; None: it has none.
         teacher: key of the teacher that scores it (`teacher`, or `teachers.<name>`).
     """
 
@@ -132,12 +135,12 @@ class Rollout:
     """One sampled (or given) response to a prompt.
 
     Attributes:
-        sample: 0 <= sample < samples per prompt.
+        sample: index among the samples of its prompt, from 0.
         response_ids: without the prompt; a final end-of-sequence id is part of it, and trained.
         rollout_logprobs: log mu of each response id under the distribution actually sampled
             (temperature and nucleus applied), nats; None: not sampled by an engine.
         finish_reason: stop (an end-of-sequence id was sampled) or length.
-        policy_version: of the weights it was sampled from; -1: not from the student.
+        policy_version: version of the weights that it was sampled from; -1: not the student's.
     """
 
     prompt: Prompt
@@ -149,5 +152,5 @@ class Rollout:
 
 
 def is_local_path(text: str) -> bool:
-    """Return whether `text` is a path by its beginning (otherwise a hub id, or a mistake)."""
+    """Return True if `text` begins like a path (otherwise it is a hub id, or a mistake)."""
     return text.startswith(("/", "./", "../", "~"))

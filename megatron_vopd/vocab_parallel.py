@@ -1,8 +1,8 @@
-"""Distillation statistics over a vocabulary that is sharded between ranks: one exchange.
+"""Distillation statistics over a vocabulary that is sharded between ranks, in one exchange.
 
 Why one suffices. KL(p || q) needs log p and log q of every column, hence two normalisers that no
 rank knows: a first exchange for the maxima, one for the sums, and then more for every further
-statistic. But let each rank use references of its own, m for the student and n for the teacher
+statistic. But let each rank choose its reference points, m for the student and n for the teacher
 (about its local maxima), and write x^ = x - m, y^ = y - n, d^ = x^ - y^. With
 
     S = sum e^x^    N = sum e^y^    D = sum e^x^ d^
@@ -23,7 +23,7 @@ ride in the same buffer. See docs/how/one_collective.md for the derivation and a
 
 What crosses the wire: one all-gather of [T + 1, 26 + 2 topk] fp32 per call (104 B per token, and
 8 B per top-k entry; the extra row carries the ranks' bounds), merged in rank order, hence the same
-bits on every rank. The backward of `distill_stats` needs nothing: its closed form uses merged
+bits on every rank. The backward of `distill_stats` exchanges nothing: its closed form uses merged
 numbers only. The linear form exchanges once per chunk, and reduces the gradient at the hidden
 states once per call. Before that, unless `check_ranks=False`, ranks compare their arguments by one
 all-gather of 72 bytes, so that a mistake on one of them raises on all instead of hanging the rest.
@@ -66,7 +66,7 @@ __all__ = [
 
 @dataclass(frozen=True)
 class VocabShard:
-    """Columns [start, stop) of the TRUE vocabulary on this rank of `group` (size 1 is a group too).
+    """Columns [start, stop) of the true vocabulary on this rank of `group` (possibly of size 1).
 
     Shards are contiguous in rank order and cover [0, V); a shard may be empty. Tensors may have
     further (padding) columns behind the shard's: they are never read.
@@ -86,19 +86,22 @@ class VocabShard:
 
     @property
     def num_valid(self) -> int:
-        """Columns of this rank."""
+        """Number of columns of the true vocabulary on this rank."""
         return self.stop - self.start
 
 
 def _agree(
     shard: VocabShard, labels_T: Tensor, topk: int, check: Callable[[], None], chunk: int = 0
 ) -> None:
-    """Runs `check` and compares the arguments of all ranks: every rank raises, or none does.
+    """Run `check` and compare the arguments of all ranks: every rank raises, or none does.
 
-    One all-gather of 9 int64: the refused argument, T, topk, bounds, range and sum of the labels,
-    chunk.
+    One all-gather of 9 int64 per rank: number of the refused argument (0: none), T, topk, bounds
+    of the shard, range and sum of the labels, chunk.
+
+    Raises:
+        ValueError: on every rank; the message says what is wrong on the rank that refuses.
     """
-    own: RefusedError | None = None
+    refused: RefusedError | None = None
     facts = [0] * 9
     try:
         check()
@@ -106,7 +109,7 @@ def _agree(
         facts[1:5] = [len(labels_T), topk, shard.start, shard.stop]
         facts[5:] = [int(low), int(high), int(labels_T.sum()), chunk]
     except RefusedError as error:
-        own = error
+        refused = error
         facts[0] = error.number
     size = dist.get_world_size(shard.group)
     mine = torch.tensor(facts, device=labels_T.device)
@@ -114,14 +117,15 @@ def _agree(
     if size > 1:
         everyone = [torch.empty_like(mine) for _ in range(size)]
         dist.all_gather(everyone, mine, group=shard.group)
-    if own is not None:
-        raise ValueError(str(own)) from None
+    if refused is not None:
+        raise ValueError(str(refused)) from None
     compare(torch.stack(everyone).tolist())
 
 
 def _problem(
     shard: VocabShard, temperature: float, topk: int, impl: str, logits: Tensor, dtype: torch.dtype
 ) -> Problem:
+    """Return the settings of one call; its `gather` is an all-gather over the shard's group."""
     size = dist.get_world_size(shard.group)
 
     def gather(bits: Tensor) -> Tensor:
@@ -146,19 +150,24 @@ def distill_stats(
     impl: native.Impl = "auto",
     check_ranks: bool = True,
 ) -> DistillStats:
-    """Statistics of two distributions per token, identical on every rank of `shard.group`.
+    """Return the statistics of two distributions per token, identical on every rank.
+
+    Definitions: docs/how/method.md, notation and section 1. Every rank of `shard.group` calls it.
 
     Args:
         student_logits_TV, teacher_logits_TV: [T, >= shard width] on this rank, fp32 or bf16 (fp64:
             reference), of one dtype; not yet divided by the temperature.
         labels_T: [T] int64 ids of the true vocabulary, the same on every rank.
+        shard: this rank's columns, and the group that exchanges.
+        temperature: > 0; both distributions are taken at it.
         topk: entries of the student's top-k (ties: lower id first), 0 for none.
         impl: auto, cpu, cuda or reference; what is asked for and missing raises.
         check_ranks: compare the ranks' arguments first (and wait for the device).
 
     Returns:
-        `DistillStats`; student_logprob_T, reverse_kl_T, forward_kl_T, entropy_T and
-        topk_reverse_kl_T (set held fixed) have a gradient at this rank's student logits.
+        `DistillStats` (fp32; fp64 for fp64 logits). student_logprob_T, reverse_kl_T, forward_kl_T,
+        entropy_T and topk_reverse_kl_T (set held fixed) have a gradient at this rank's student
+        logits; the teacher's logits have none.
 
     Raises:
         ValueError: an argument is wrong on any rank; raised on every rank, naming it.
@@ -192,7 +201,10 @@ def distill_stats(
 def _row_exchange(
     shard: VocabShard, hidden_gradient: str, dtype: torch.dtype
 ) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """How hidden states reach this op, and how their gradient leaves it; fp32 on the wire."""
+    """Return (gather_rows, reduce_rows): how hidden states enter, and how their gradient leaves.
+
+    Hidden states cross the wire in their dtype, the gradient in the dtype in which it is summed.
+    """
     size = dist.get_world_size(shard.group)
 
     def gather_rows(hidden_TD: Tensor) -> Tensor:
@@ -230,21 +242,21 @@ def linear_distill_loss(
     hidden_gradient: Literal["all_reduce", "partial", "reduce_scatter"] = "all_reduce",
     check_ranks: bool = True,
 ) -> tuple[Tensor, DistillStats]:
-    """Sum over tokens of an objective, from hidden states and LM heads, without storing [T, V].
+    """Return an objective's sum over tokens, from hidden states and LM heads, never storing [T, V].
 
     Args:
         hidden_TD, teacher_hidden_TD: [T, D] of each model (their D may differ), on every rank.
         weight_VD, teacher_weight_VD: this rank's rows of each head, surplus rows behind them.
         coefficients_fn: statistics of a chunk -> `Coefficients`; pure; `stats.tokens` is the chunk.
         chunk: tokens whose logits exist at a time, and per exchange.
-        mode: grad_in_forward (no second pass over the heads) or recompute (dW not held meanwhile).
-        hidden_gradient: all_reduce (dX complete on every rank); partial (this rank's part, for a
-            caller whose own backward sums it, as Megatron's gather under sequence parallel does);
-            reduce_scatter (sequence parallel here: hidden states are this rank's [T / tp, D] rows).
+        mode: grad_in_forward (one pass over the heads) or recompute (dW not held meanwhile).
+        hidden_gradient: all_reduce (whole dX on every rank), partial (this rank's part, which the
+            caller's backward sums), reduce_scatter (hidden_TD is [T / tp, D], labels_T is [T]).
+        labels_T, shard, topk, temperature, impl, check_ranks: as in `distill_stats`.
 
     Returns:
         loss_sum (0-d; gradients at hidden_TD and weight_VD, the latter by Megatron's `main_grad`
-        protocol) and the statistics of all T tokens, detached.
+        protocol; in grad_in_forward for one backward) and the detached statistics of all T tokens.
 
     Raises:
         ValueError: an argument is wrong on any rank; raised on every rank, naming it.
@@ -291,6 +303,6 @@ def linear_distill_stats(
     shard: VocabShard,
     **options: Any,
 ) -> DistillStats:
-    """The statistics of `linear_distill_loss` alone (evaluation); same options and errors."""
+    """Return the statistics of `linear_distill_loss` alone, with its options and errors."""
     tensors = (hidden_TD, weight_VD, teacher_hidden_TD, teacher_weight_VD)
     return linear_distill_loss(*tensors, labels_T, shard, _no_loss, **options)[1]

@@ -158,7 +158,14 @@ def linear_cases(device: str) -> dict[str, Callable[[], object]]:
     group = dist.group.WORLD
     assert group is not None
     shard = VocabShard(0, vocab_size, group)
-    settings = objectives.ObjectiveSettings()
+    settings = objectives.ObjectiveSettings(
+        baseline="full",
+        reverse_weight=0.2,
+        importance="none",
+        importance_cap=1.0,
+        entropy_gate=None,
+        reward_floor=None,
+    )
     leaves = hidden.requires_grad_(), head.requires_grad_()
 
     def entrance() -> object:

@@ -7,14 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vopd.errors import OK
 from megatron_vopd.run.terminal import PhaseBars, say
-from megatron_vopd.run.tool_options import (
-    DIFFERENT,
-    DTYPE_NAMES,
-    OK,
-    run_on_ranks,
-    tool_parser,
-)
+from megatron_vopd.run.tool_options import DIFFERENT, DTYPE_NAMES, run_on_ranks, tool_parser
 
 SUMMARY = """\
 Compare OTHER (a megatron-core checkpoint or a HuggingFace folder) with HF_DIR: every tensor bit by

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from megatron_vopd.errors import OK
 from megatron_vopd.run.terminal import PhaseBars, say
 from megatron_vopd.run.tool_options import (
     DTYPE_NAMES,
-    OK,
     add_conversion_options,
     run_on_ranks,
     tool_parser,

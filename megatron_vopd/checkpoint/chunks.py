@@ -21,26 +21,20 @@ import torch
 from torch import Tensor
 
 from megatron_vopd.checkpoint.safe_pickle import PickleRefusedError, is_inert, is_named, read_inert
-from megatron_vopd.errors import UserError, shown
+from megatron_vopd.errors import shown
+from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.files.atomic_folder import OutputFile
+from megatron_vopd.hf.dtypes import DTYPES
 from megatron_vopd.hf.tensors import as_bytes
 
 _ALIGNMENT = 64
-_STORAGES = {
-    "FloatStorage": "float32",
-    "BFloat16Storage": "bfloat16",
-    "HalfStorage": "float16",
-    "ByteStorage": "uint8",
-}
+# Name of the type by the class that torch.save names; random states are bytes.
+_STORAGES = {row.storage: row.name for row in DTYPES.values()} | {"ByteStorage": "uint8"}
 PAYLOAD_NAMES = {
     "torch._utils._rebuild_tensor_v2",
     "collections.OrderedDict",
     *(f"torch.{name}" for name in _STORAGES),
 }
-
-
-class CheckpointError(UserError):
-    """A checkpoint folder that cannot be read safely or is not what it should be."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +54,6 @@ def write_payload(file: OutputFile, tensor: Tensor) -> tuple[int, int]:
     start = file.size
     # A storage of exactly these values: torch.save would write all of a larger one.
     torch.save(as_bytes(tensor).view(tensor.dtype).view(tensor.shape), file)  # type: ignore[arg-type]
-    file.hold(tensor)
     return start, file.size - start
 
 
@@ -68,7 +61,7 @@ class ChunkReader:
     """Maps the values of chunks from their files. A context manager.
 
     Args:
-        hashed: files whose sha256 was just verified; the checksums in them are not computed again.
+        hashed: files whose hash was just verified; the checksums in them are not computed again.
     """
 
     def __init__(self, folder: Path, hashed: Collection[str] = ()) -> None:
@@ -86,7 +79,7 @@ class ChunkReader:
         """The chunk as uint8 [*sizes[:-1], sizes[-1] * item size], mapped from the file.
 
         Raises:
-            CheckpointError: the bytes are not such a chunk, or do not match their checksum.
+            FileError: the bytes are not such a chunk, or do not match their checksum.
         """
         if chunk.file not in self._maps:
             with open(self._folder / chunk.file, "rb") as file:
@@ -99,7 +92,7 @@ class ChunkReader:
             start = _payload_start(mapped, chunk, dtype, num_bytes, chunk.file in self._hashed)
         except (PickleRefusedError, zipfile.BadZipFile, EOFError, OSError, zlib.error) as error:
             reason = str(error).partition("\n")[0]
-            raise CheckpointError(
+            raise FileError(
                 f"{self._folder / chunk.file}: {shown(key)} at {chunk.offsets}: {reason}; "
                 "restore the file"
             ) from None

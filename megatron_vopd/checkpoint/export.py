@@ -1,7 +1,7 @@
 """The student, as it stands in training, as a HuggingFace folder that appears whole or not at all.
 
-Ranks walk the tensors in lockstep (`hf_io.export_weights`); rank 0 writes each as it comes, so no
-rank holds more than one unit of the model.
+Ranks walk the tensors in lockstep (`megatron.weights.export_weights`); rank 0 writes each as it
+comes, so no rank holds more than one unit of the model.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from megatron_vopd.hf.writer import (
     MAX_FILE_BYTES,
     FilePlan,
     finish_folder,
-    num_bytes,
     plan_files,
-    write_file,
+    text_files,
+    write_files,
 )
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.megatron.weights import export_weights
@@ -40,14 +40,15 @@ def export_student(student: Student, source_dir: str | Path, out_dir: Path) -> S
     """
     facts, dtype = student.facts, student.options.dtype
     files = plan_files(facts, dtype.itemsize, MAX_FILE_BYTES)
-    total = sum(num_bytes(file.shapes(facts), dtype) for file in files)
+    total = sum(file.num_bytes(facts, dtype) for file in files)
+    source = Path(source_dir)
     rank_0(out_dir.parent.mkdir, parents=True, exist_ok=True)
     with ExitStack() as stack:
-        staging = begin_staging(stack, out_dir, Path(source_dir), total)
+        staging = begin_staging(stack, out_dir, source, total)
         spec = student.options.layer_spec
         tensors = export_weights(student.bare, facts, student.groups, spec)
         all_ranks(_write, staging, files, facts, dtype, tensors)
-        rank_0(finish_folder, staging, files, facts, dtype, Path(source_dir))
+        rank_0(lambda: finish_folder(staging, files, facts, dtype, text_files(source, dtype)))
         num_files = publish_staging(staging, out_dir, {"kind": "huggingface model"})
     num_tensors = sum(len(file.shapes(facts)) for file in files)
     return Summary(out_dir, num_tensors, total, num_files, dtype_name(dtype))
@@ -60,11 +61,10 @@ def _write(
     dtype: torch.dtype,
     tensors: Iterator[tuple[str, Tensor]],
 ) -> None:
-    """All tensors on every rank, to the files on rank 0."""
+    """Walk all tensors on every rank; rank 0 writes them."""
     try:
         if dist.get_rank() == 0:
-            for plan in files:
-                write_file(staging, plan, facts, dtype, tensors)
+            write_files(staging, files, facts, dtype, tensors)
     finally:
         # All ranks walk to the end, whatever happened to a file here: nobody waits for this one.
         for _ in tensors:

@@ -6,7 +6,7 @@ after another, each what `torch.save` writes) and `common.pt`.
 
 Writing leaves `common.pt` empty and puts nothing but tensors into the index, so that megatron-core
 loads the folder and finds nothing to unpickle but its own index. Reading makes no object from any
-pickle (`inert_pickle`). What is inside a chunk is `checkpoint_values`' business.
+pickle (`safe_pickle`). What is inside a chunk is for `chunks`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from megatron_vopd.checkpoint.chunks import PAYLOAD_NAMES, CheckpointError, Chunk
+from megatron_vopd.checkpoint.chunks import PAYLOAD_NAMES, Chunk
 from megatron_vopd.checkpoint.safe_pickle import (
     Inert,
     PickleRefusedError,
@@ -34,9 +34,9 @@ from megatron_vopd.checkpoint.safe_pickle import (
     read_inert,
 )
 from megatron_vopd.errors import shown
-from megatron_vopd.files.atomic_file import regular_size
+from megatron_vopd.files.atomic_file import FileError, regular_size
+from megatron_vopd.hf.dtypes import DTYPES
 from megatron_vopd.hf.folder import is_plain_name
-from megatron_vopd.hf.tensors import DTYPES
 
 INDEX_NAME, COMMON_NAME, CONFIG_NAME = ".metadata", "common.pt", "metadata.json"
 CONFIG = {
@@ -122,15 +122,13 @@ def read_index(folder: Path, skip_objects: bool = False) -> dict[str, StoredTens
             the folder; they are not read either way.
 
     Raises:
-        CheckpointError: naming file and tensor.
+        FileError: naming file and tensor.
     """
     _check_config(folder)
     path = folder / INDEX_NAME
     size = regular_size(path)
     if size is None or size > _MAX_INDEX_BYTES:
-        raise CheckpointError(
-            f"{path}: missing, a link or too large; give a whole checkpoint folder"
-        )
+        raise FileError(f"{path}: missing, a link or too large; give a whole checkpoint folder")
     if not skip_objects:
         _check_common(folder / COMMON_NAME)
     try:
@@ -140,9 +138,9 @@ def read_index(folder: Path, skip_objects: bool = False) -> dict[str, StoredTens
             raise PickleRefusedError("holds no Metadata")
         tensors, objects = _tensors(metadata)
     except PickleRefusedError as error:
-        raise CheckpointError(f"{path}: {error}; restore the checkpoint") from None
+        raise FileError(f"{path}: {error}; restore the checkpoint") from None
     if objects and not skip_objects:
-        raise CheckpointError(
+        raise FileError(
             f"{path}: {shown(objects[0])} is a pickled object, which is not read; use "
             "--weights-only to convert the tensors without it"
         )
@@ -155,15 +153,13 @@ def read_index(folder: Path, skip_objects: bool = False) -> dict[str, StoredTens
 def _check_config(folder: Path) -> None:
     path = folder / CONFIG_NAME
     if regular_size(path) is None:
-        raise CheckpointError(
-            f"{path}: not found; give a folder of megatron-core's torch_dist format"
-        )
+        raise FileError(f"{path}: not found; give a folder of megatron-core's torch_dist format")
     try:
         config = json.loads(path.read_bytes())
     except (ValueError, RecursionError):
-        raise CheckpointError(f"{path}: no valid JSON; restore the checkpoint") from None
+        raise FileError(f"{path}: no valid JSON; restore the checkpoint") from None
     if not isinstance(config, dict) or config.get("sharded_backend") != "torch_dist":
-        raise CheckpointError(f"{path}: not the torch_dist format; save the checkpoint in it")
+        raise FileError(f"{path}: not the torch_dist format; save the checkpoint in it")
 
 
 def _check_common(path: Path) -> None:
@@ -179,7 +175,7 @@ def _check_common(path: Path) -> None:
                 read_inert(io.BytesIO(archive.read(name)), PAYLOAD_NAMES)
     except (PickleRefusedError, zipfile.BadZipFile, OSError, EOFError, zlib.error) as error:
         reason = str(error).partition("\n")[0]
-        raise CheckpointError(
+        raise FileError(
             f"{path}: {reason}; it is not read: use --weights-only to convert the tensors "
             "without it"
         ) from None
@@ -254,18 +250,16 @@ def _check_places(
     where = f"{folder / INDEX_NAME}: {shown(key)}"
     for chunk in tensor.chunks:
         if not is_plain_name(chunk.file) or not chunk.file.endswith(".distcp"):
-            raise CheckpointError(
+            raise FileError(
                 f"{where} lies in {shown(chunk.file)}; expected a .distcp file of this folder"
             )
         if chunk.file not in file_sizes:
             file_sizes[chunk.file] = regular_size(folder / chunk.file)
         size = file_sizes[chunk.file]
         if size is None:
-            raise CheckpointError(
-                f"{folder / chunk.file}: missing or a link; {shown(key)} is in it"
-            )
+            raise FileError(f"{folder / chunk.file}: missing or a link; {shown(key)} is in it")
         if chunk.start + chunk.length > size:
-            raise CheckpointError(
+            raise FileError(
                 f"{folder / chunk.file}: ends at byte {size:,}, but {shown(key)} lies up to "
                 f"{chunk.start + chunk.length:,}; restore the file"
             )
@@ -273,7 +267,7 @@ def _check_places(
         tensor.shape, [(chunk.offsets, chunk.sizes) for chunk in tensor.chunks]
     )
     if problem:
-        raise CheckpointError(f"{where} {problem}; restore the checkpoint")
+        raise FileError(f"{where} {problem}; restore the checkpoint")
 
 
 def tiling_problem(

@@ -31,7 +31,7 @@ from megatron.core.dist_checkpointing.mapping import (
 )
 from torch import Tensor
 
-from megatron_vopd.checkpoint.chunks import CheckpointError, Chunk, ChunkReader, write_payload
+from megatron_vopd.checkpoint.chunks import Chunk, ChunkReader, write_payload
 from megatron_vopd.checkpoint.index import (
     COMMON_NAME,
     CONFIG_NAME,
@@ -45,7 +45,7 @@ from megatron_vopd.checkpoint.index import (
 )
 from megatron_vopd.collectives import all_ranks, from_all_ranks
 from megatron_vopd.errors import shown
-from megatron_vopd.files.atomic_file import regular_size
+from megatron_vopd.files.atomic_file import FileError, regular_size
 from megatron_vopd.files.atomic_folder import OutputFile, Staging
 from megatron_vopd.hf.folder import read_json
 from megatron_vopd.hf.tensors import dtype_name
@@ -172,7 +172,7 @@ def read_state(folder: Path) -> dict[str, Any]:
         return {}
     state = read_json(path)
     if state.get("format") != STATE_FORMAT:
-        raise CheckpointError(
+        raise FileError(
             f"{path}: format {shown(state.get('format'))}, expected {STATE_FORMAT}; use the "
             "version that wrote it"
         )
@@ -184,7 +184,7 @@ class CheckpointReader:
 
     Args:
         skip_objects: leave pickled objects unread instead of refusing the folder.
-        hashed: files whose sha256 was just verified.
+        hashed: files whose hash was just verified.
     """
 
     def __init__(
@@ -207,35 +207,35 @@ class CheckpointReader:
             dtype: the type that the stored values must have; None: that of each shard.
 
         Raises:
-            CheckpointError: a missing tensor, another global shape, another type.
+            FileError: a missing tensor, another global shape, another type.
         """
         keys = set()
         for shard in wanted:
             where = f"{self.folder / INDEX_NAME}: {shard.key}"
             stored = self.tensors.get(shard.key)
             if stored is None:
-                raise CheckpointError(f"{where} is missing; the model's config asks for it")
+                raise FileError(f"{where} is missing; the model's config asks for it")
             shape = tuple(shard.global_shape)
             same_rows = len(stored.shape) == len(shape) and stored.shape[1:] == shape[1:]
             if stored.shape != shape and not (shard.allow_shape_mismatch and same_rows):
-                raise CheckpointError(
+                raise FileError(
                     f"{where} has shape {stored.shape}; the model's config asks for {shape}"
                 )
             expected = dtype or dtype_name(shard.dtype)
             if stored.dtype != expected:
-                raise CheckpointError(f"{where} is {stored.dtype}, expected {expected}")
+                raise FileError(f"{where} is {stored.dtype}, expected {expected}")
             keys.add(shard.key)
         return keys
 
     def require_only(self, keys: Collection[str], ignored: tuple[str, ...] = ()) -> None:
-        """Raise CheckpointError for a stored tensor that is not among `keys`.
+        """Raise FileError for a stored tensor that is not among `keys`.
 
         Args:
             ignored: prefixes of tensors that may be there, such as an optimizer's.
         """
         for key in self.tensors:
             if key not in keys and not key.startswith(ignored):
-                raise CheckpointError(
+                raise FileError(
                     f"{self.folder / INDEX_NAME}: unexpected tensor {shown(key)}; the model's "
                     "config describes no such weight"
                 )
@@ -302,7 +302,7 @@ def load_entries(
     """Fill every entry's data in place. Every rank of the world calls this, with its own entries.
 
     Raises:
-        CheckpointError: keys, shapes and types are not exactly those of the checkpoint.
+        FileError: keys, shapes and types are not exactly those of the checkpoint.
     """
     local = [shard for entry in wanted.values() for shard in shards(entry)]
     keys = set[str]().union(*from_all_ranks(reader.require, local))

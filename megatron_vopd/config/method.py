@@ -1,7 +1,12 @@
-"""The settings of the method itself: objective, rollouts, curriculum."""
+"""The settings of the method itself: objective, rollouts, curriculum.
+
+A row of ESTIMATORS says how an objective is asked for, a row of objectives.OBJECTIVES what it
+computes. Neither file may import the other; a test holds that they agree.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, field_validator, model_validator
@@ -19,6 +24,41 @@ from megatron_vopd.config.types import (
 
 PREFIX_SOURCES = ("student", "teacher", "dataset")
 _PREFIX_EXPECTED = "student, teacher, dataset or a mapping of them to fractions that sum to 1"
+
+
+@dataclass(frozen=True)
+class Estimator:
+    """What the conditions between settings ask of an estimator.
+
+    Attributes:
+        objectives: direction -> key of objectives.OBJECTIVES; other directions are refused.
+        needs_teacher: whether it compares with a teacher; without one it learns given responses.
+        has_advantage: whether it has baseline, importance weight and rewards, and is unbiased only
+            for tokens that the student sampled at temperature 1.
+        needs_topk: whether it is a sum over the student's top-k.
+    """
+
+    objectives: dict[str, str]
+    needs_teacher: bool = True
+    has_advantage: bool = False
+    needs_topk: bool = False
+
+
+ESTIMATORS = {
+    "sampled": Estimator({"reverse": "sampled"}, has_advantage=True),
+    "exact": Estimator({"reverse": "reverse", "forward": "forward", "mixed": "mixed"}),
+    "topk": Estimator({"reverse": "topk_reverse"}, needs_topk=True),
+    "hard": Estimator({"reverse": "hard"}, needs_teacher=False),
+}
+# Weight -> the one (estimator, direction) that reads it.
+WEIGHTS = {"reverse_weight": ("exact", "mixed")}
+# Baselines over the student's top-k.
+TOPK_BASELINES = ("topk", "topk_tail")
+
+
+def estimators_with(trait: str) -> str:
+    """Return the names of the estimators that have a trait, for a message."""
+    return " or ".join(name for name, row in ESTIMATORS.items() if getattr(row, trait))
 
 
 class ObjectiveSection(Section):
@@ -102,6 +142,16 @@ class ObjectiveSection(Section):
     def prefix_fractions(self) -> dict[str, float]:
         """Share of the responses by source; the shares sum to 1."""
         return {self.prefix: 1.0} if isinstance(self.prefix, str) else dict(self.prefix)
+
+    @property
+    def traits(self) -> Estimator:
+        """The row of the estimator."""
+        return ESTIMATORS[self.estimator]
+
+    @property
+    def name(self) -> str:
+        """The key of objectives.OBJECTIVES."""
+        return self.traits.objectives[self.direction]
 
 
 class RolloutSection(Section):

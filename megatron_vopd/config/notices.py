@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from megatron_vopd.config.method import estimators_with
 from megatron_vopd.config.schema import Config
 from megatron_vopd.errors import Notice
 
@@ -11,12 +12,13 @@ from megatron_vopd.errors import Notice
 def _unused(config: Config) -> Iterator[tuple[str, bool, str]]:
     """(key, whether the configuration ignores it, when it would be used)."""
     objective, curriculum, parallel = config.objective, config.curriculum, config.parallel
-    sampled = objective.estimator == "sampled"
+    sampled = objective.traits.has_advantage
+    user = f"objective.estimator={estimators_with('has_advantage')}"
     gated = curriculum.kind == "entropy_gated"
     corrected = sampled and objective.importance != "none"
     rollouts = "student" in objective.prefix_fractions
     for key in ("baseline", "importance", "allow_biased_sampling"):
-        yield f"objective.{key}", not sampled, "objective.estimator=sampled"
+        yield f"objective.{key}", not sampled, user
     yield "objective.importance_cap", not corrected, "importance truncate or mask of sampled tokens"
     for key in ("topk", "entropy_gate"):
         yield f"objective.{key}", not config.scores_with_teacher, "a teacher that scores"
@@ -33,7 +35,7 @@ def _unused(config: Config) -> Iterator[tuple[str, bool, str]]:
     yield "optimizer.min_learning_rate", config.optimizer.schedule == "constant", "a decay"
     yield "data.evaluation", config.evaluation.interval == 0, "evaluation.interval > 0"
     yield "evaluation.samples", config.data.evaluation is None, "data.evaluation"
-    yield "teacher", not config.scores_with_teacher, "another estimator than hard"
+    yield "teacher", not config.scores_with_teacher, f"another estimator than {objective.estimator}"
 
 
 def notices(config: Config) -> list[Notice]:
@@ -48,8 +50,9 @@ def notices(config: Config) -> list[Notice]:
             found.append(Notice(key, f"has no effect here; it is used with {user}"))
     objective = config.objective
     given = set(objective.prefix_fractions) - {"student"}
-    if objective.estimator == "sampled" and given:
-        text = "tokens that the student did not sample make estimator=sampled biased; exact is not"
+    if objective.traits.has_advantage and given:
+        what = f"estimator={objective.estimator} biased; exact is not"
+        text = f"tokens that the student did not sample make {what}"
         found.append(Notice("objective.prefix", text))
     if config.evaluation.temperature == 0 and config.evaluation.samples > 1:
         text = "greedy decoding gives the same response every time; 1 sample is enough"

@@ -11,7 +11,13 @@ from collections.abc import Iterator
 from itertools import pairwise
 from urllib.parse import urlsplit
 
-from megatron_vopd.config.method import ObjectiveSection
+from megatron_vopd.config.method import (
+    ESTIMATORS,
+    TOPK_BASELINES,
+    WEIGHTS,
+    ObjectiveSection,
+    estimators_with,
+)
 from megatron_vopd.config.paths import path_problems
 from megatron_vopd.config.schema import Config
 from megatron_vopd.errors import Problem, shown
@@ -20,7 +26,7 @@ from megatron_vopd.errors import Problem, shown
 def _sampling(config: Config) -> Iterator[Problem]:
     objective, rollout = config.objective, config.rollout
     on_policy = "student" in objective.prefix_fractions
-    if objective.estimator != "sampled" or not on_policy or objective.allow_biased_sampling:
+    if not objective.traits.has_advantage or not on_policy or objective.allow_biased_sampling:
         return
     for name in ("temperature", "top_p"):
         value = getattr(rollout, name)
@@ -28,7 +34,7 @@ def _sampling(config: Config) -> Iterator[Problem]:
             yield Problem(
                 f"rollout.{name}",
                 f"{value:g}",
-                "1, because objective.estimator=sampled is biased otherwise",
+                f"1, because objective.estimator={objective.estimator} is biased otherwise",
                 f"set rollout.{name}=1, or accept it by objective.allow_biased_sampling=true",
                 ("objective.estimator", "objective.prefix", "objective.allow_biased_sampling"),
             )
@@ -36,8 +42,8 @@ def _sampling(config: Config) -> Iterator[Problem]:
 
 def _topk(config: Config) -> Iterator[Problem]:
     objective = config.objective
-    needs = objective.estimator == "sampled" and objective.baseline in ("topk", "topk_tail")
-    if needs and objective.topk == 0:
+    has_baseline = objective.traits.has_advantage
+    if has_baseline and objective.baseline in TOPK_BASELINES and objective.topk == 0:
         yield Problem(
             "objective.topk",
             "0",
@@ -45,11 +51,12 @@ def _topk(config: Config) -> Iterator[Problem]:
             "set objective.topk=100, the paper's value",
             ("objective.baseline", "objective.estimator"),
         )
-    if objective.estimator == "topk" and objective.topk < 2:
+    if objective.traits.needs_topk and objective.topk < 2:
         yield Problem(
             "objective.topk",
             str(objective.topk),
-            "2 to 1024 for objective.estimator=topk (one renormalised entry has no gradient)",
+            f"2 to 1024 for objective.estimator={objective.estimator} "
+            "(one renormalised entry has no gradient)",
             "set objective.topk=100",
             ("objective.estimator",),
         )
@@ -58,34 +65,37 @@ def _topk(config: Config) -> Iterator[Problem]:
 def _direction(config: Config) -> Iterator[Problem]:
     objective = config.objective
     involves = ("objective.estimator", "objective.direction")
-    if objective.direction != "reverse" and objective.estimator != "exact":
+    known, direction = list(objective.traits.objectives), objective.direction
+    if direction not in known:
+        other = next(name for name, row in ESTIMATORS.items() if direction in row.objectives)
         yield Problem(
             "objective.direction",
-            objective.direction,
-            f"reverse for objective.estimator={objective.estimator}",
-            "set objective.estimator=exact, or objective.direction=reverse",
+            direction,
+            f"{' or '.join(known)} for objective.estimator={objective.estimator}",
+            f"set objective.estimator={other}, or objective.direction={known[0]}",
             involves,
         )
-    mixes = objective.direction == "mixed" and objective.estimator == "exact"
-    default = ObjectiveSection.model_fields["reverse_weight"].default
-    if objective.reverse_weight != default and not mixes:
-        yield Problem(
-            "objective.reverse_weight",
-            f"{objective.reverse_weight:g}",
-            "no weight unless objective.estimator=exact and objective.direction=mixed",
-            "set both, or remove objective.reverse_weight",
-            involves,
-        )
+    for key, reader in WEIGHTS.items():
+        weight, default = getattr(objective, key), ObjectiveSection.model_fields[key].default
+        if weight != default and (objective.estimator, objective.direction) != reader:
+            yield Problem(
+                f"objective.{key}",
+                f"{weight:g}",
+                f"no weight unless objective.estimator={reader[0]} and "
+                f"objective.direction={reader[1]}",
+                f"set both, or remove objective.{key}",
+                involves,
+            )
 
 
 def _reward(config: Config) -> Iterator[Problem]:
-    objective = config.objective
-    plain_opd = objective.estimator == "sampled" and objective.baseline == "none"
+    objective, sampled = config.objective, estimators_with("has_advantage")
+    plain_opd = objective.traits.has_advantage and objective.baseline == "none"
     if objective.reward_floor is not None and not plain_opd:
         yield Problem(
             "objective.reward_floor",
             f"{objective.reward_floor:g}",
-            "null unless objective.estimator=sampled and objective.baseline=none (plain OPD)",
+            f"null unless objective.estimator={sampled} and objective.baseline=none (plain OPD)",
             "set objective.baseline=none, or remove objective.reward_floor",
             ("objective.estimator", "objective.baseline"),
         )
@@ -93,11 +103,11 @@ def _reward(config: Config) -> Iterator[Problem]:
         return
     involves = ("objective.estimator", "objective.prefix", "rollout.samples_per_prompt")
     got = f"{objective.task_reward_weight:g}"
-    if objective.estimator != "sampled" or "student" not in objective.prefix_fractions:
+    if not objective.traits.has_advantage or "student" not in objective.prefix_fractions:
         yield Problem(
             "objective.task_reward_weight",
             got,
-            "0 unless objective.estimator=sampled with rollouts of the student",
+            f"0 unless objective.estimator={sampled} with rollouts of the student",
             "set objective.task_reward_weight=0",
             involves,
         )
@@ -114,11 +124,12 @@ def _reward(config: Config) -> Iterator[Problem]:
 def _prefix(config: Config) -> Iterator[Problem]:
     objective, data = config.objective, config.data
     sources = objective.prefix_fractions
-    if objective.estimator == "hard" and "student" in sources:
+    if not objective.traits.needs_teacher and "student" in sources:
         yield Problem(
             "objective.prefix",
             shown(objective.prefix),
-            "teacher or dataset for objective.estimator=hard, which learns given responses",
+            f"teacher or dataset for objective.estimator={objective.estimator}, which learns given "
+            "responses",
             "set objective.prefix=dataset and data.responses",
             ("objective.estimator",),
         )

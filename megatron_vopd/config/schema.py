@@ -254,8 +254,8 @@ class Config(Section):
 
     @property
     def scores_with_teacher(self) -> bool:
-        """False for `estimator: hard`, which needs labels only."""
-        return self.objective.estimator != "hard"
+        """Whether the objective compares with a teacher; `estimator: hard` needs labels only."""
+        return self.objective.traits.needs_teacher
 
     @property
     def model_paths(self) -> dict[str, str]:

@@ -1,27 +1,28 @@
 """Strict YAML for configurations: one small mapping, YAML 1.2 scalars, nothing executable.
 
-The text is read as parser events and built here, so that every limit holds before anything grows:
-file size, depth, aliases and the nodes that they stand for. Tags, duplicate keys and keys that are
-not words are refused with their line. `1e-6` is a number, `yes` is text, dates are text.
+PyYAML's safe loader reads, and each limit holds while it composes, before anything grows: file
+size, depth, aliases and the nodes that they stand for. Tags, duplicate keys and keys that are not
+words are refused with their line. `1e-6` is a number, `yes` is text, dates are text.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import yaml
 
-from megatron_vopd.errors import ConfigError, Problem, shown
+from megatron_vopd.errors import ConfigError, Problem, refusal, shown
 
 MAX_BYTES = 256 * 1024
 MAX_DEPTH = 8
 MAX_ALIASES = 32
 MAX_NODES = 10_000
 MAX_DIGITS = 40
+
+_SAVE_AS_TEXT = "save the file as plain UTF-8 text"
 
 _NULLS = {"", "~", "null", "Null", "NULL"}
 _BOOLS = {"true": True, "True": True, "TRUE": True, "false": False, "False": False, "FALSE": False}
@@ -32,7 +33,7 @@ _SPECIAL_FLOAT = re.compile(r"([-+]?)\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
 
 
 def plain_scalar(text: str) -> Any:
-    """The value of an unquoted scalar by the YAML 1.2 core schema (numbers of bounded length)."""
+    """Return what an unquoted scalar means in YAML 1.2 (core schema, numbers of bounded length)."""
     if text in _NULLS:
         return None
     if text in _BOOLS:
@@ -50,210 +51,167 @@ def plain_scalar(text: str) -> Any:
     return text
 
 
-@dataclass
-class _Builder:
-    """Plain Python values from YAML events; `source` names the text in messages."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader with the limits of a configuration; `place` names a mark in messages."""
 
-    source: str
-    numbered: bool
-    num_nodes: int = 0
-    num_aliases: int = 0
-    anchors: dict[str, tuple[Any, int]] = field(default_factory=dict)
+    # `plain_scalar` reads every unquoted scalar; PyYAML's own rules are those of YAML 1.1.
+    yaml_implicit_resolvers = {None: [("plain", re.compile(""))]}  # noqa: RUF012
 
-    def refuse(self, event: yaml.Event, got: str, expected: str, remedy: str) -> ConfigError:
-        return ConfigError([Problem(self.at(event.start_mark), got, expected, remedy)])
+    def __init__(self, text: str, place: Callable[[Any], str]) -> None:
+        super().__init__(text)
+        self.place = place
+        self.depth = self.num_nodes = self.num_aliases = 0
+        self.complete: dict[str, tuple[Any, int]] = {}
+        self.key_lines: dict[tuple[int, str], int] = {}
 
-    def at(self, mark: Any) -> str:
-        return f"{self.source}:{mark.line + 1}" if self.numbered and mark else self.source
-
-    def count(self, event: yaml.Event, nodes: int) -> None:
-        self.num_nodes += nodes
-        if self.num_nodes > MAX_NODES:
-            raise self.refuse(
-                event,
-                f"more than {MAX_NODES} values",
-                "a configuration of a few dozen settings",
-                "check that this is the right file",
-            )
-
-    def build(self, events: Iterator[yaml.Event], event: yaml.Event, depth: int) -> Any:
-        if isinstance(event, yaml.AliasEvent):
-            return self.alias(event)
-        if getattr(event, "tag", None) is not None:
-            raise self.refuse(
-                event,
-                f"the tag {shown(getattr(event, 'tag', ''))}",
-                "plain values",
-                "remove the tag; a configuration never builds objects",
-            )
-        if depth > MAX_DEPTH:
-            raise self.refuse(
-                event,
-                f"nesting deeper than {MAX_DEPTH} levels",
-                "sections with keys (section.key: value)",
-                "check indentation and brackets",
-            )
-        before = self.num_nodes
-        self.count(event, 1)
-        if isinstance(event, yaml.ScalarEvent):
-            value = plain_scalar(event.value) if event.implicit[0] else event.value
-        elif isinstance(event, yaml.SequenceStartEvent):
-            value = self.sequence(events, depth)
-        else:
-            value = self.mapping(events, depth)
-        anchor = getattr(event, "anchor", None)
-        if anchor is not None:
-            self.anchors[anchor] = (value, self.num_nodes - before)
+    def document(self) -> Any:
+        """Return the value of the one document; None for an empty text."""
+        value = self.get_data()
+        if self.check_data():
+            raise self.refused("a second document ('---')", "one document", "use one file per run")
         return value
 
-    def alias(self, event: yaml.AliasEvent) -> Any:
+    def refused(self, got: str, expected: str, remedy: str, event: Any = None) -> ConfigError:
+        """Return the error for `event`, or for the next one."""
+        return refusal(self.place((event or self.peek_event()).start_mark), got, expected, remedy)
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        """Compose the next node; raises ConfigError for what no configuration holds."""
+        event: Any = self.peek_event()
+        is_alias = isinstance(event, yaml.AliasEvent)
+        node = self._aliased(event) if is_alias else self._composed(event, parent, index)
+        if isinstance(parent, yaml.MappingNode) and index is None:
+            self._check_key(self.construct_object(node, deep=True), id(parent), event)
+        return node
+
+    def _composed(self, event: Any, parent: Any, index: Any) -> Any:
+        if event.tag is not None:
+            remedy = "remove the tag; a configuration never builds objects"
+            raise self.refused(f"the tag {shown(event.tag)}", "plain values", remedy)
+        if self.depth > MAX_DEPTH:
+            expected = "sections with keys (section.key: value)"
+            remedy = "check indentation and brackets"
+            raise self.refused(f"nesting deeper than {MAX_DEPTH} levels", expected, remedy)
+        before = self.num_nodes
+        self._count(1)
+        # PyYAML lets an alias stand inside of its own anchor, and no anchor be written twice.
+        anchor, event.anchor = event.anchor, None
+        self.depth += 1
+        node = super().compose_node(parent, index)
+        self.depth -= 1
+        if anchor is not None:
+            self.complete[anchor] = node, self.num_nodes - before
+        return node
+
+    def _aliased(self, event: Any) -> Any:
         self.num_aliases += 1
         if self.num_aliases > MAX_ALIASES:
-            raise self.refuse(
-                event, f"more than {MAX_ALIASES} aliases", "few or none", "write the values out"
-            )
-        if event.anchor not in self.anchors:
-            raise self.refuse(
-                event,
-                f"the alias *{shown(event.anchor)[1:-1]} of an anchor that is not complete above",
-                "an anchor defined earlier",
-                "write the value out, or quote text that begins with '*'",
-            )
-        value, nodes = self.anchors[event.anchor]
-        self.count(event, nodes)
-        return value
+            got = f"more than {MAX_ALIASES} aliases"
+            raise self.refused(got, "few or none", "write the values out")
+        if event.anchor not in self.complete:
+            name = shown(event.anchor)[1:-1]
+            got = f"the alias *{name} of an anchor that is not complete above"
+            remedy = "write the value out, or quote text that begins with '*'"
+            raise self.refused(got, "an anchor defined earlier", remedy)
+        node, num_nodes = self.complete[event.anchor]
+        self._count(num_nodes)
+        self.get_event()
+        return node
 
-    def sequence(self, events: Iterator[yaml.Event], depth: int) -> list[Any]:
-        values: list[Any] = []
-        for event in events:
-            if isinstance(event, yaml.SequenceEndEvent):
-                break
-            values.append(self.build(events, event, depth + 1))
-        return values
+    def _count(self, num_nodes: int) -> None:
+        self.num_nodes += num_nodes
+        if self.num_nodes > MAX_NODES:
+            expected = "a configuration of a few dozen settings"
+            remedy = "check that this is the right file"
+            raise self.refused(f"more than {MAX_NODES} values", expected, remedy)
 
-    def mapping(self, events: Iterator[yaml.Event], depth: int) -> dict[str, Any]:
-        values: dict[str, Any] = {}
-        lines: dict[str, int] = {}
-        for event in events:
-            if isinstance(event, yaml.MappingEndEvent):
-                break
-            key = self.build(events, event, depth + 1)
-            if not isinstance(key, str) or not key.isprintable():
-                raise self.refuse(
-                    event,
-                    f"the key {shown(key)}",
-                    "a word as key",
-                    "use the name of a setting; quote a name that looks like a number",
-                )
-            if key in values:
-                raise self.refuse(
-                    event,
-                    f"the key {shown(key)} a second time (first on line {lines[key]})",
-                    "each key once",
-                    f"remove one of the two {shown(key)}",
-                )
-            lines[key] = event.start_mark.line + 1
-            values[key] = self.build(events, next(events), depth + 1)
-        return values
+    def _check_key(self, key: Any, mapping: int, event: Any) -> None:
+        if not isinstance(key, str) or not key.isprintable():
+            remedy = "use the name of a setting; quote a name that looks like a number"
+            raise self.refused(f"the key {shown(key)}", "a word as key", remedy, event)
+        first = self.key_lines.get((mapping, key))
+        if first is not None:
+            got = f"the key {shown(key)} a second time (first on line {first})"
+            remedy = f"remove one of the two {shown(key)}"
+            raise self.refused(got, "each key once", remedy, event)
+        self.key_lines[mapping, key] = event.start_mark.line + 1
 
 
-def _yaml_mistake(builder: _Builder, error: yaml.YAMLError) -> ConfigError:
-    """One line from PyYAML's report, with a remedy for what newcomers meet most."""
-    where, got = builder.source, "a character that YAML does not allow"
-    expected = "a YAML value"
-    remedy = "check quotes and brackets"
-    if builder.numbered:
-        expected = "YAML of the form 'section:' with 'key: value'"
-        remedy = "check this line and the one above: colons, quotes, brackets, indentation"
-    if isinstance(error, yaml.MarkedYAMLError):
-        where = builder.at(error.problem_mark or error.context_mark)
-        got = error.problem or error.context or "text that is no YAML"
-    else:
-        remedy = "save the file as plain UTF-8 text"
-    if "'\\t'" in got:
-        got, remedy = "a tab", "indent with spaces, never with tabs"
-    got = got.encode("ascii", "backslashreplace").decode("ascii")
-    return ConfigError([Problem(where, got, expected, remedy)])
+_Loader.add_constructor("plain", lambda _, node: plain_scalar(node.value))
 
 
 def parse_yaml(text: str, source: str, numbered: bool = True) -> Any:
-    """The value of one YAML document; raises ConfigError, naming `source` (and the line)."""
-    builder = _Builder(source, numbered)
-    value: Any = None
-    num_documents = 0
+    """Return the value of one YAML document.
+
+    Args:
+        source: name of the text in messages.
+        numbered: messages name the line, too.
+
+    Raises:
+        ConfigError: what is wrong, in one line.
+    """
+
+    def place(mark: Any) -> str:
+        return f"{source}:{mark.line + 1}" if numbered and mark else source
+
+    expected, remedy = "a YAML value", "check quotes and brackets"
+    if numbered:
+        expected = "YAML of the form 'section:' with 'key: value'"
+        remedy = "check this line and the one above: colons, quotes, brackets, indentation"
     try:
-        events = yaml.parse(text, Loader=yaml.SafeLoader)
-        for event in events:
-            if not isinstance(event, yaml.DocumentStartEvent):
-                continue
-            num_documents += 1
-            if num_documents > 1:
-                raise builder.refuse(
-                    event, "a second document ('---')", "one document", "use one file per run"
-                )
-            value = builder.build(events, next(events), 0)
-    except yaml.YAMLError as error:
-        raise _yaml_mistake(builder, error) from None
-    return value
+        return _Loader(text, place).document()
+    except yaml.MarkedYAMLError as error:
+        got = error.problem or error.context or "text that is no YAML"
+        if "'\\t'" in got:
+            got, remedy = "a tab", "indent with spaces, never with tabs"
+        got = got.encode("ascii", "backslashreplace").decode("ascii")
+        mark = error.problem_mark or error.context_mark
+        raise refusal(place(mark), got, expected, remedy) from None
+    except yaml.YAMLError:
+        got = "a character that YAML does not allow"
+        raise refusal(source, got, expected, _SAVE_AS_TEXT) from None
 
 
 def read_mapping(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The sections of a configuration file; raises ConfigError."""
+    """Return the sections of a configuration file; raises ConfigError."""
     name = os.fspath(path)
     source = name if name.isprintable() else shown(name)
-    text = _read_text(name, source)
-    value = parse_yaml(text, source)
+    value = parse_yaml(_read_text(name, source), source)
     if not isinstance(value, dict):
         got = "an empty file" if value is None else shown(value)
-        raise ConfigError(
-            [
-                Problem(
-                    source,
-                    got,
-                    "sections with keys",
-                    "start with 'student:' and, indented below it, 'path: ...'; see examples/",
-                )
-            ]
-        )
+        remedy = "start with 'student:' and, indented below it, 'path: ...'; see examples/"
+        raise refusal(source, got, "sections with keys", remedy)
     return value
 
 
 def _read_text(name: str, source: str) -> str:
-    def refuse(got: str, expected: str, remedy: str) -> ConfigError:
-        return ConfigError([Problem(source, got, expected, remedy)])
-
-    file_wanted = "a YAML file"
+    wanted = "a YAML file"
     if not os.path.exists(name):
-        raise refuse("no such file", file_wanted, "check the path and the current folder")
+        raise refusal(source, "no such file", wanted, "check the path and the current folder")
     if not os.path.isfile(name):
-        raise refuse("a folder or device", file_wanted, "give the config.yaml inside it")
+        raise refusal(source, "a folder or device", wanted, "give the config.yaml inside it")
     try:
         with open(name, "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise refuse(f"{error.strerror}", "a readable file", "check its permissions") from None
+        got, remedy = f"{error.strerror}", "check its permissions"
+        raise refusal(source, got, "a readable file", remedy) from None
     if len(content) > MAX_BYTES:
-        raise refuse(
-            f"more than {MAX_BYTES // 1024} KiB",
-            "a small YAML file",
-            "check that it is the right one",
-        )
+        got, remedy = f"more than {MAX_BYTES // 1024} KiB", "check that it is the right one"
+        raise refusal(source, got, "a small YAML file", remedy)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise refuse(
-            f"a byte that is not UTF-8 at offset {error.start}",
-            "UTF-8 text",
-            "save the file as plain UTF-8 text",
-        ) from None
+        got, remedy = f"a byte that is not UTF-8 at offset {error.start}", _SAVE_AS_TEXT
+        raise refusal(source, got, "UTF-8 text", remedy) from None
 
 
 def apply_overrides(
     data: dict[str, Any], overrides: list[str]
 ) -> tuple[dict[str, Any], list[Problem]]:
-    """`data` with each `section.key=value` set, left to right, and what is wrong with the others.
+    """Set each `section.key=value`, left to right, in a copy of `data`.
 
-    Values follow the file's YAML rules.
+    Values follow the file's YAML rules. Returns the copy, and what is wrong with the others.
     """
     result = _copied(data)
     problems: list[Problem] = []
@@ -266,6 +224,7 @@ def apply_overrides(
 
 
 def _copied(value: Any) -> Any:
+    """Return `value` with mappings of its own, each one apart even where an alias stood."""
     return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 
@@ -274,11 +233,9 @@ def _apply(data: dict[str, Any], override: str) -> None:
     parts = dotted.strip().split(".")
     expected = "section.key=value"
     if not equals or not all(part.isprintable() and part for part in parts):
-        raise ConfigError(
-            [Problem(shown(override), "no setting", expected, "for example train.steps=100")]
-        )
+        raise refusal(shown(override), "no setting", expected, "for example train.steps=100")
     if len(parts) > MAX_DEPTH:
-        raise ConfigError([Problem(dotted[:80], "too many parts", expected, "check the dots")])
+        raise refusal(dotted[:80], "too many parts", expected, "check the dots")
     value = parse_yaml(text, dotted, numbered=False)
     target = data
     for depth, part in enumerate(parts[:-1], start=1):
@@ -287,14 +244,7 @@ def _apply(data: dict[str, Any], override: str) -> None:
         target = target[part]
         if not isinstance(target, dict):
             above = ".".join(parts[:depth])
-            raise ConfigError(
-                [
-                    Problem(
-                        dotted,
-                        f"a key below {above}, which is {shown(target)}",
-                        "a key of a section",
-                        f"set {above} itself to a mapping: {above}={{{parts[depth]}: ...}}",
-                    )
-                ]
-            )
+            got = f"a key below {above}, which is {shown(target)}"
+            remedy = f"set {above} itself to a mapping: {above}={{{parts[depth]}: ...}}"
+            raise refusal(dotted, got, "a key of a section", remedy)
     target[parts[-1]] = value

@@ -36,13 +36,12 @@ from megatron_vopd.demo.additions import (
 from megatron_vopd.demo.models import save_model, share_right
 from megatron_vopd.demo.report import Bar, Results, save_plot, table
 from megatron_vopd.demo.stages import Stage, StageError, configured_steps, exported_steps, run_stage
-from megatron_vopd.errors import EngineError, GradingError, UserError
+from megatron_vopd.errors import FAILED, INTERRUPTED, MISTAKE, OK, RunFailure, UserError
 from megatron_vopd.rollout.vllm.fresh_sampler import greedy_texts
 from megatron_vopd.run.folder import hf_dir
 from megatron_vopd.run.launch import ONE_MACHINE, Launch
 from megatron_vopd.types import Prompt
 
-OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 CONFIGS = Path(__file__).parents[2] / "examples" / "arithmetic"
 SETTINGS_NAME, SIZES_NAME, RESULTS_NAME = "demo.json", "sizes.json", "results.json"
 PLOT_NAME = "plot.png"
@@ -117,7 +116,7 @@ def run_demo(settings: DemoSettings, fresh: bool = False) -> int:
     except UserError as error:
         print(error, file=sys.stderr)
         return MISTAKE
-    except (StageError, EngineError, GradingError, OSError) as error:
+    except (StageError, RunFailure, OSError) as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:

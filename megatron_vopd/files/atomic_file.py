@@ -1,4 +1,4 @@
-"""A file that is replaced whole or not at all."""
+"""A file that is replaced whole or not at all, and what every writer of files here shares."""
 
 from __future__ import annotations
 
@@ -8,35 +8,40 @@ import secrets
 import stat
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from megatron_vopd.errors import UserError
 
 
-class PublishError(UserError):
-    """A destination that cannot be written, or a published folder that is not what was written."""
+class FileError(UserError):
+    """A file or folder that cannot be written or read, or is not what was written."""
 
 
 @contextlib.contextmanager
 def naming(path: Path, outcome: str = "nothing was published") -> Iterator[None]:
-    """Failures of the file system as one line that names the path."""
+    """Turn failures of the file system into one line: the path, the reason, `outcome`."""
     try:
         yield
     except OSError as error:
-        raise PublishError(f"{path}: {error.strerror}; {outcome}") from error
+        raise FileError(f"{path}: {error.strerror}; {outcome}") from error
 
 
 def sync_folder(folder: Path, outcome: str = "nothing was published") -> None:
     """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    with naming(folder, outcome):
+        _sync(folder, os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
-        with naming(folder, outcome):
-            os.fsync(descriptor)
+        os.fsync(descriptor)
     finally:
         os.close(descriptor)
 
 
 def regular_size(path: Path) -> int | None:
-    """Size of a regular file that is no link; None for anything else."""
+    """Return the size of a regular file that is no link; None for anything else."""
     try:
         status = os.lstat(path)
     except (OSError, ValueError):
@@ -44,16 +49,46 @@ def regular_size(path: Path) -> int | None:
     return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Written beside, flushed, then renamed: a reader sees the old text or the new one."""
+def write_all(descriptor: int, data: Any) -> None:
+    """Write every byte of `data`; a disk that is full raises OSError."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(descriptor, rest) :]
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a path beside `path`; the file made there takes its place, flushed to the disk.
+
+    A failure removes it, and a kill leaves it as `NAME.tmp-*`; either way `path` is as it was.
+
+    Raises:
+        FileError: the file system refuses.
+    """
     beside = path.with_name(f"{path.name}.tmp-{secrets.token_hex(6)}")
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
     with naming(path, "it stays as it was; check the disk"):
+        try:
+            yield beside
+            _sync(beside)
+            os.rename(beside, path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(beside)
+            raise
+    sync_folder(path.parent, f"{path.name} may not outlive a power failure")
+
+
+def replace(path: Path, content: str | bytes) -> None:
+    """Replace a file whole (text as UTF-8): a reader sees the old content or the new.
+
+    Raises:
+        FileError: the file system refuses; the old content stays.
+    """
+    data = content.encode(errors="replace") if isinstance(content, str) else content
+    with replacing(path) as beside:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         descriptor = os.open(beside, flags, 0o644)
         try:
-            os.write(descriptor, text.encode("ascii"))
-            os.fsync(descriptor)
+            write_all(descriptor, data)
         finally:
             os.close(descriptor)
-        os.rename(beside, path)
-    sync_folder(path.parent, f"{path.name} may not outlive a power failure")

@@ -1,81 +1,72 @@
 """`metrics.jsonl`: one line per completed step, exactly once, over kills and restarts.
 
-A line is one write at the end of the file, and on the disk before the step counts as recorded. A
-kill in between leaves a torn last line, which opening cuts off; a run that resumes from an earlier
-step repeats what came after it, so opening also drops those lines. An evaluation is added to the
-line of its step; before the first step it makes a line 0. NaN and infinity, which JSON does not
-have, are null.
+A line is on the disk before the step counts as recorded. A kill in between leaves a torn last line,
+which opening cuts off; a run that resumes from an earlier step repeats what came after it, so
+opening also drops those lines. An evaluation is added to the line of its step; before the first
+step it makes a line 0. NaN and infinity, which JSON does not have, are null.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_vopd.errors import UserError, shown
+from megatron_vopd.errors import shown
+from megatron_vopd.files.atomic_file import FileError, naming
+from megatron_vopd.files.jsonl import JsonLines, scan
 
 METRICS_NAME = "metrics.jsonl"
 _MAX_STEP = 2**53
-_FLAGS = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-
-
-class MetricsError(UserError):
-    """A metrics file that is missing, damaged or cannot be written: file, line and remedy."""
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """The lines of a metrics file, by ascending step; whether a torn one followed them."""
+    """The lines of a metrics file, by ascending step.
+
+    Attributes:
+        ends: the byte behind each line; begins with 0, for none.
+        is_torn: whether a torn line follows them.
+    """
 
     lines: list[dict[str, Any]]
+    ends: list[int]
     is_torn: bool
 
 
 def read_metrics(path: Path) -> Recorded:
-    """What `path` holds; raises MetricsError naming the line."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise MetricsError(f"{path}: {error.strerror}; give the folder of a run") from None
-    *texts, rest = content.split(b"\n")
-    is_torn = bool(rest)
+    """Read what `path` holds; raises FileError naming the line."""
     lines: list[dict[str, Any]] = []
-    for number, text in enumerate(texts, start=1):
-        line = _parsed(text)
-        if line is None and number == len(texts) and not rest:
-            is_torn = True
-        elif line is None:
-            raise MetricsError(
-                f"{path}:{number}: got {shown(text[:60])}, expected a JSON object with a step; "
-                "remove the line"
-            )
-        elif lines and line["step"] <= lines[-1]["step"]:
-            raise MetricsError(
-                f"{path}:{number}: got step {line['step']} after step {lines[-1]['step']}, "
-                "expected ascending steps; remove one of the lines"
-            )
-        else:
+    ends = [0]
+    with naming(path, "give the folder of a run"):
+        for line, end in scan(path, _parsed):
+            if lines and line["step"] <= lines[-1]["step"]:
+                raise FileError(
+                    f"{path}:{len(ends)}: got step {line['step']} after step {lines[-1]['step']}, "
+                    "expected ascending steps; remove one of the lines"
+                )
             lines.append(line)
-    return Recorded(lines, is_torn)
+            ends.append(end)
+        return Recorded(lines, ends, path.stat().st_size > ends[-1])
 
 
-def _parsed(text: bytes) -> dict[str, Any] | None:
+def _parsed(text: bytes) -> dict[str, Any]:
     try:
         line = json.loads(text)
     except (ValueError, RecursionError):
-        return None
-    step = line.get("step") if isinstance(line, dict) else None
-    return line if type(step) is int and 0 <= step < _MAX_STEP else None
+        line = None
+    if isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < _MAX_STEP:
+        return line
+    got = shown(text.rstrip(b"\n")[:60])
+    raise ValueError(f"got {got}, expected a JSON object with a step; remove the line")
 
 
-def metrics_line(step: int, metrics: Mapping[str, float | None]) -> str:
-    """The line of one step, with its end."""
-    return json.dumps({"step": step, **{key: _json(v) for key, v in metrics.items()}}) + "\n"
+def metrics_record(step: int, metrics: Mapping[str, float | None]) -> dict[str, Any]:
+    """Return the record of one step, as JSON values."""
+    return {"step": step, **{key: _json(value) for key, value in metrics.items()}}
 
 
 def _json(value: float | None) -> float | int | None:
@@ -93,89 +84,54 @@ class MetricsFile:
 
     Args:
         path: made when absent.
-        last_step: the step that the run goes on after; -1 for a new one, which keeps nothing.
+        last_step: the step that the run resumes after; -1 for a new one, which keeps no line.
 
     Raises:
-        MetricsError: the file is damaged in the middle, or cannot be written.
+        UserError: the file is damaged in the middle, in use, or cannot be written.
     """
 
     def __init__(self, path: Path, last_step: int = 0) -> None:
-        self._path = path
-        recorded = read_metrics(path) if path.exists() else Recorded([], False)
-        kept = [line for line in recorded.lines if line["step"] <= last_step]
-        self.num_dropped = len(recorded.lines) - len(kept)
-        self.last_recorded = kept[-1]["step"] if kept else -1
+        self._file = JsonLines(path)
         try:
+            recorded = read_metrics(path)
+            kept = [line["step"] for line in recorded.lines if line["step"] <= last_step]
+            self.num_dropped = len(recorded.lines) - len(kept)
+            self.last_recorded = kept[-1] if kept else -1
             if recorded.is_torn or self.num_dropped:
-                self._rewrite(len(kept))
-            self._fd = os.open(path, _FLAGS, 0o644)
-            _sync_folder(path.parent)
-        except OSError as error:
-            raise MetricsError(f"{path}: {error.strerror}; check the run folder") from None
+                self._file.cut(recorded.ends[len(kept)])
+        except BaseException:
+            self._file.close()
+            raise
 
     def append(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record a completed step; it is on the disk when this returns.
 
         Raises:
             ValueError: a step that is not after the last recorded one.
-            MetricsError: the disk refuses; what was written is cut off at the next opening.
+            FileError: the disk refuses; what was written is cut off at the next opening.
         """
         if step <= self.last_recorded:
             raise ValueError(f"step: expected more than {self.last_recorded}, got {step}")
-        data = metrics_line(step, metrics).encode()
-        try:
-            written = os.write(self._fd, data)
-            os.fsync(self._fd)
-        except OSError as error:
-            raise MetricsError(f"{self._path}: {error.strerror}; free space on the disk") from None
-        if written < len(data):
-            raise MetricsError(
-                f"{self._path}: only {written} bytes written; free space on the disk"
-            )
+        self._file.append([metrics_record(step, metrics)])
         self.last_recorded = step
 
     def amend(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add to the line of the last step, or record it where it has none yet.
 
-        The file is written anew beside its place: a kill leaves the line with or without them.
+        The file is written beside its place and renamed: a kill leaves the line with or without
+        them.
 
         Raises:
             ValueError: a step before the last recorded one.
-            MetricsError: the disk refuses; the line stays as it was.
+            FileError: the disk refuses; the line stays as it was.
         """
         if step != self.last_recorded:
             self.append(step, metrics)
             return
-        lines = read_metrics(self._path).lines
-        last = {key: value for key, value in lines[-1].items() if key != "step"}
-        try:
-            self._rewrite(len(lines) - 1, metrics_line(step, last | dict(metrics)).encode())
-            os.close(self._fd)
-            self._fd = os.open(self._path, _FLAGS, 0o644)
-        except OSError as error:
-            raise MetricsError(f"{self._path}: {error.strerror}; free space on the disk") from None
+        recorded = read_metrics(self._file.path)
+        kept = self._file.path.read_bytes()[: recorded.ends[-2]]
+        self._file.rewrite(kept, [recorded.lines[-1] | metrics_record(step, metrics)])
 
     def close(self) -> None:
-        """May be called twice."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-    def _rewrite(self, num_lines: int, last: bytes = b"") -> None:
-        """Keep the first lines only, with `last` after them: written beside, then renamed."""
-        content = b"".join(self._path.read_bytes().splitlines(keepends=True)[:num_lines])
-        beside = self._path.with_name(self._path.name + ".tmp")
-        with open(beside, "wb") as file:
-            file.write(content + last)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, self._path)
-        _sync_folder(self._path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        """Give the file back. May be called twice."""
+        self._file.close()

@@ -18,7 +18,7 @@ import json
 import os
 import secrets
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,17 +29,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_vopd.errors import ConfigError, UserError, refusal, shown
+from megatron_vopd.errors import ConfigError, refusal, shown
+from megatron_vopd.files.atomic_file import replace, replacing
 
 FORMAT = "1"
 INFO_NAME = "cache.json"
 _SETTING = "teacher.cache_dir"
 # A writer takes seconds; what is older was left by one that was killed.
-_STALE_SECONDS = 86400.0
-
-
-class CacheError(UserError):
-    """A cache that cannot be used: the file or text, and the remedy."""
+_TEMPORARY, _STALE_SECONDS = ".tmp-", 86400.0
 
 
 class StateCache:
@@ -68,7 +65,7 @@ class StateCache:
                 knows stay.
 
         Raises:
-            CacheError: another teacher, a text that changed, a folder of something else.
+            ConfigError: another teacher, a text that changed, a folder of something else.
         """
         info = self.folder / INFO_NAME
         with self._naming(self.folder):
@@ -77,7 +74,7 @@ class StateCache:
         known: dict[str, str] = {}
         if INFO_NAME in found:
             known = self._known(info)
-        elif any(not name.endswith(".tmp") for name in found):
+        elif any(_TEMPORARY not in name for name in found):
             got = f"{self.folder}, which holds {shown(sorted(found)[0])} and no {INFO_NAME}"
             raise refusal(_SETTING, got, "an empty folder, or a cache", "give an empty folder")
         for name, digest in texts.items():
@@ -91,8 +88,7 @@ class StateCache:
         self._remove_stale(found)
         if INFO_NAME not in found or not texts.keys() <= known.keys():
             content = {"identity": self._identity, "texts": known | dict(texts)}
-            text = (json.dumps(content) + "\n").encode("ascii")
-            self._publish(info, lambda path: path.write_bytes(text))
+            replace(info, json.dumps(content) + "\n")
 
     def _known(self, info: Path) -> dict[str, str]:
         try:
@@ -112,14 +108,14 @@ class StateCache:
         for name in names:
             path = self.folder / name
             with suppress(OSError):
-                if name.endswith(".tmp") and time.time() - path.stat().st_mtime > _STALE_SECONDS:
+                if _TEMPORARY in name and time.time() - path.stat().st_mtime > _STALE_SECONDS:
                     path.unlink()
 
     def scan(self) -> None:
         """Look for files that were not there before.
 
         Raises:
-            CacheError: a torn file.
+            ConfigError: a torn file.
         """
         with self._naming(self.folder):
             names = sorted(os.listdir(self.folder))
@@ -138,7 +134,7 @@ class StateCache:
         """States [T, D] on the host, mapped from their file.
 
         Raises:
-            CacheError: they are not what was written.
+            ConfigError: they are not what was written.
         """
         name = self._place[key]
         with self._opened(name) as file:
@@ -152,31 +148,18 @@ class StateCache:
         """Keep the states [T, D] of these keys; they are on the disk when this returns.
 
         Raises:
-            CacheError: they cannot be written.
+            UserError: they cannot be written.
         """
         if not states:
             return
         held = {key: value.detach().cpu().clone() for key, value in states.items()}
         hashes = {key: _content_hash(value) for key, value in held.items()}
         path = self.folder / f"states-{secrets.token_hex(8)}.safetensors"
-        self._publish(path, lambda part: save_file(held, part, metadata=hashes))
-
-    def _publish(self, path: Path, write: Callable[[Path], Any]) -> None:
-        part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
-        with self._naming(path):
-            try:
-                write(part)
-                descriptor = os.open(part, os.O_RDONLY)
-                try:
-                    os.fsync(descriptor)
-                finally:
-                    os.close(descriptor)
-                os.rename(part, path)
-            finally:
-                part.unlink(missing_ok=True)
+        with self._naming(path), replacing(path) as part:
+            save_file(held, part, metadata=hashes)
 
     @contextmanager
-    def _opened(self, name: str) -> Any:
+    def _opened(self, name: str) -> Iterator[Any]:
         try:
             with safe_open(self.folder / name, framework="pt") as file:
                 yield file
@@ -189,7 +172,7 @@ class StateCache:
         return refusal(_SETTING, got, "a whole file", remedy)
 
     @contextmanager
-    def _naming(self, path: Path) -> Any:
+    def _naming(self, path: Path) -> Iterator[None]:
         try:
             yield
         except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""What a local Hugging Face folder says about itself, read as bounded plain JSON.
+"""What a local HuggingFace folder says about itself, read as bounded plain JSON.
 
 Nothing in the folder is imported or executed, and values are checked before use: a folder may come
 from anywhere.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from typing import Any
 from megatron_vopd.errors import shown
 from megatron_vopd.hf.facts import ModelError, ModelFacts, facts_from_config
 
-MAX_JSON_BYTES = 128 * 2**20
+_MAX_TEXT_BYTES = 256 * 2**20
+_SAMPLE_BYTES = 2**20
 _LARGEST = 10**9
 _SIZES = (
     "num_hidden_layers",
@@ -28,6 +30,12 @@ _SIZES = (
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "num_experts", "num_local_experts")
 _MOE_SIZES = ("moe_intermediate_size", "num_experts_per_tok")
+
+# Carried along by a conversion: text about the model. Weights, and anything else, are not.
+_CARRIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
+_CARRIED_NAMES = ("LICENSE", "NOTICE", "merges.txt", "vocab.txt")
+_NOT_CARRIED = ("manifest.json", "common.json", "metadata.json")
+_INNER_FOLDER = "additional_chat_templates"
 
 
 @dataclass(frozen=True)
@@ -49,8 +57,37 @@ class ModelFolder:
     code_files: tuple[str, ...]
 
 
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read a JSON object of bounded size in which no key occurs twice.
+
+    Raises:
+        ModelError: it is none.
+    """
+    if os.path.getsize(path) > _MAX_TEXT_BYTES:
+        raise ModelError(f"{path}: more than {_MAX_TEXT_BYTES // 2**20} MiB; use the real file")
+    try:
+        value = json.loads(Path(path).read_bytes(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError):
+        raise ModelError(f"{path}: no valid JSON; copy the model folder again") from None
+    except KeyError as error:
+        twice = shown(error.args[0])
+        raise ModelError(f"{path}: holds {twice} twice; copy the file again") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: no JSON object; copy the model folder again")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Make an object; raises KeyError for a key that occurs twice."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        counts = Counter(key for key, _ in pairs)
+        raise KeyError(max(counts, key=counts.__getitem__))
+    return found
+
+
 def read_model_folder(path: str) -> ModelFolder:
-    """The facts of the model at `path`; raises ModelError naming the file."""
+    """Read the facts of the model at `path`; raises ModelError naming the file."""
     where = os.path.join(path, "config.json")
     if not os.path.isfile(where):
         raise ModelError(
@@ -65,8 +102,8 @@ def read_model_folder(path: str) -> ModelFolder:
 
 
 def read_facts(where: str) -> tuple[ModelFacts, dict[str, Any]]:
-    """Facts and raw content of a config.json; raises ModelError naming the file and the key."""
-    config = _read_json(where)
+    """Read facts and raw content of a config.json; raises ModelError naming file and key."""
+    config = read_json(where)
     _check_sizes(config, where)
     usual = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
     return facts_from_config({**usual, **config}, where), config
@@ -87,21 +124,8 @@ def _read(path: str, where: str) -> ModelFolder:
     )
 
 
-def _read_json(path: str) -> dict[str, Any]:
-    if os.path.getsize(path) > MAX_JSON_BYTES:
-        raise ModelError(f"{path}: more than {MAX_JSON_BYTES // 2**20} MiB; use the real file")
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (ValueError, RecursionError):
-        raise ModelError(f"{path}: no valid JSON; copy the model folder again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: no JSON object; copy the model folder again")
-    return value
-
-
 def _read_optional(path: str) -> dict[str, Any]:
-    return _read_json(path) if os.path.isfile(path) else {}
+    return read_json(path) if os.path.isfile(path) else {}
 
 
 def _is_size(value: Any) -> bool:
@@ -125,7 +149,7 @@ def _check_sizes(config: dict[str, Any], where: str) -> None:
 
 
 def _context(config: dict[str, Any]) -> int:
-    """max_position_embeddings, or further where RoPE scaling stretches the original context."""
+    """Return max_position_embeddings, or more where RoPE scaling stretches the context."""
     positions = config["max_position_embeddings"]
     rope = config.get("rope_scaling") or config.get("rope_parameters")
     if not isinstance(rope, dict):
@@ -137,7 +161,7 @@ def _context(config: dict[str, Any]) -> int:
 
 
 def _eos_ids(path: str, config: dict[str, Any]) -> frozenset[int]:
-    """generation_config.json decides; without it, config.json; then the tokenizer's own."""
+    """Read the ids from generation_config.json, or from config.json where that has none."""
     where = os.path.join(path, "generation_config.json")
     ids = _read_optional(where).get("eos_token_id")
     if ids is None:
@@ -149,7 +173,7 @@ def _eos_ids(path: str, config: dict[str, Any]) -> frozenset[int]:
 
 
 def _tokenizer_eos(path: str, vocabulary: dict[str, int] | None) -> frozenset[int]:
-    """The tokenizer's own end-of-sequence id: what is left when no config names one."""
+    """Read the tokenizer's own end-of-sequence id: what is left when no config names one."""
     token = _read_optional(os.path.join(path, "tokenizer_config.json")).get("eos_token")
     if isinstance(token, dict):
         token = token.get("content")
@@ -159,7 +183,7 @@ def _tokenizer_eos(path: str, vocabulary: dict[str, int] | None) -> frozenset[in
 
 
 def _special_tokens(path: str) -> frozenset[str]:
-    """Tokens that tokenizer.json marks as special."""
+    """Read the tokens that tokenizer.json marks as special."""
     added = _read_optional(os.path.join(path, "tokenizer.json")).get("added_tokens")
     tokens = (
         [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
@@ -169,10 +193,10 @@ def _special_tokens(path: str) -> frozenset[str]:
 
 
 def tokenizer_vocabulary(tokenizer_path: str) -> dict[str, int] | None:
-    """Token -> id, added tokens included; None where there is no tokenizer.json."""
+    """Read token -> id, added tokens included; None where there is no tokenizer.json."""
     if not os.path.isfile(tokenizer_path):
         return None
-    tokenizer = _read_json(tokenizer_path)
+    tokenizer = read_json(tokenizer_path)
     model = tokenizer.get("model")
     entries = model.get("vocab") if isinstance(model, dict) else None
     if isinstance(entries, list):
@@ -193,7 +217,7 @@ def _chat_template(path: str) -> str | None:
     template_path = os.path.join(path, "chat_template.jinja")
     if os.path.isfile(template_path):
         with open(template_path, encoding="utf-8", errors="replace") as file:
-            return file.read(MAX_JSON_BYTES)
+            return file.read(_MAX_TEXT_BYTES)
     template = _read_optional(os.path.join(path, "tokenizer_config.json")).get("chat_template")
     return template if isinstance(template, str) else None
 
@@ -203,29 +227,13 @@ def _is_piece(entry: Any) -> bool:
 
 
 def _code_files(path: str, config: dict[str, Any]) -> tuple[str, ...]:
-    """Python files in the folder, and `auto_map` where the config asks for code."""
+    """List Python files in the folder, and `auto_map` where the config asks for code."""
     names = sorted(name for name in os.listdir(path) if name.endswith(".py"))
     return (*(["auto_map"] if "auto_map" in config else []), *names)
 
 
-# Carried along by a conversion: text about the model. Weights, and anything else, are not.
-_CARRIED_SUFFIXES = (".json", ".txt", ".model", ".jinja", ".tiktoken", ".md")
-
-
-_CARRIED_NAMES = ("LICENSE", "NOTICE", "merges.txt", "vocab.txt")
-
-
-_NOT_CARRIED = ("manifest.json", "common.json", "metadata.json")
-
-
-_INNER_FOLDER = "additional_chat_templates"
-
-
-_MAX_TEXT_BYTES = 2**28
-
-
 def is_plain_name(name: Any) -> bool:
-    """A file name without folders, control characters or anything that a path may do."""
+    """Whether `name` is a file name without folders, control characters, or a leading dot."""
     return (
         isinstance(name, str)
         and bool(name)
@@ -236,7 +244,7 @@ def is_plain_name(name: Any) -> bool:
 
 
 def model_file(folder: Path, name: str) -> Path:
-    """`folder/name`, for reading.
+    """Return `folder/name`, for reading.
 
     Raises:
         ModelError: it is missing, no regular file, or a link that leads out of the model's folder.
@@ -255,36 +263,11 @@ def model_file(folder: Path, name: str) -> Path:
 
 
 def _roots(folder: Path) -> list[Path]:
-    """Where links of a model folder may lead: into itself, or to the blobs of its hub cache."""
+    """Return where links of a model folder may lead: into it, or to the blobs of its hub cache."""
     snapshots = folder.parent
     if snapshots.name == "snapshots" and snapshots.parent.name.startswith("models--"):
         return [folder, snapshots.parent / "blobs"]
     return [folder]
-
-
-def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Hook for `json.loads`: an object that names a key twice is refused, by KeyError."""
-    result: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in result:
-            raise KeyError(f"{key} twice")
-        result[key] = value
-    return result
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object of bounded size in which no key occurs twice."""
-    if path.stat().st_size > _MAX_TEXT_BYTES:
-        raise ModelError(f"{path}: more than {_MAX_TEXT_BYTES // 2**20} MiB; use the real file")
-    try:
-        value = json.loads(path.read_bytes(), object_pairs_hook=unique_keys)
-    except (ValueError, RecursionError):
-        raise ModelError(f"{path}: no valid JSON; copy the model folder again") from None
-    except KeyError as error:
-        raise ModelError(f"{path}: {shown(error.args[0])}; copy the file again") from None
-    if not isinstance(value, dict):
-        raise ModelError(f"{path}: no JSON object; copy the model folder again")
-    return value
 
 
 def refuse_code(folder: Path) -> None:
@@ -304,7 +287,7 @@ def refuse_code(folder: Path) -> None:
 
 
 def carried_files(folder: Path) -> list[str]:
-    """Names of config, tokenizer, generation config, templates and licence, checked for links."""
+    """List config, tokenizer, generation config, templates and licence, checked for links."""
     names = []
     for path in sorted(folder.iterdir()):
         is_text = path.name.endswith(_CARRIED_SUFFIXES) or path.name in _CARRIED_NAMES
@@ -320,17 +303,13 @@ def carried_files(folder: Path) -> list[str]:
 
 
 def largest_token_id(folder: Path) -> int:
-    """The largest id in tokenizer.json, added tokens included; -1 without one."""
-
+    """Return the largest id in tokenizer.json, added tokens included; -1 without one."""
     vocabulary = tokenizer_vocabulary(str(folder / "tokenizer.json"))
     return max((vocabulary or {}).values(), default=-1)
 
 
-_SAMPLE_BYTES = 2**20
-
-
 def fingerprint(folder: Path) -> str:
-    """Of a model folder: config, and size, beginning, middle and end of each weights file."""
+    """Hash a model folder: config, and size, beginning, middle and end of each weights file."""
     digest = hashlib.sha256()
     for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
         size = path.stat().st_size

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vopd.files.atomic_file import PublishError
+from megatron_vopd.files.atomic_file import FileError
+from megatron_vopd.hf.dtypes import DTYPES, SAFETENSORS_DTYPES
 from megatron_vopd.hf.facts import ModelError, ModelFacts
 from megatron_vopd.hf.folder import (
     carried_files,
@@ -20,9 +21,7 @@ from megatron_vopd.hf.folder import (
     refuse_code,
 )
 from megatron_vopd.hf.mapping import hf_tensors
-from megatron_vopd.hf.tensors import DTYPES, SafetensorsFolder, read_config
-
-_SAFETENSORS_DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+from megatron_vopd.hf.tensors import SafetensorsFolder, read_config
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class ModelSource:
 
 
 def read_text_part(folder: Path) -> tuple[Any, ModelFacts, tuple[str, ...]]:
-    """Config, facts and carried files of a folder that holds no code and no links leading out."""
+    """Read config, facts and carried files of a folder without code or links leading out."""
     if not folder.is_dir():
         raise ModelError(f"{folder}: no such folder; give a HuggingFace model folder")
     refuse_code(folder)
@@ -66,7 +65,7 @@ def read_source(folder: Path, dtype: str | None) -> ModelSource:
         first = ""
         for name in hf_tensors(facts):
             stored = tensors.dtype_of(name)
-            if stored not in _SAFETENSORS_DTYPES:
+            if stored not in SAFETENSORS_DTYPES:
                 raise ModelError(
                     f"{tensors.path_of(name)}: {name} is {stored}, expected F32, BF16 or F16; "
                     "use an unquantised checkpoint"
@@ -79,13 +78,12 @@ def read_source(folder: Path, dtype: str | None) -> ModelSource:
                 )
         if facts.tied and "lm_head.weight" in tensors.file_of:
             _require_equal_head(tensors)
-    return ModelSource(
-        folder, hf_config, facts, carried, DTYPES[dtype or _SAFETENSORS_DTYPES[first]]
-    )
+    row = DTYPES[dtype] if dtype else SAFETENSORS_DTYPES[first]
+    return ModelSource(folder, hf_config, facts, carried, row.torch_dtype)
 
 
 def _require_equal_head(tensors: SafetensorsFolder) -> None:
-    """A tied model may repeat its head; another one would be lost silently."""
+    """Refuse a tied model whose head is another: it would be lost silently."""
     head, embedding = tensors.slices("lm_head.weight"), tensors.slices("model.embed_tokens.weight")
     rows, step = embedding.get_shape()[0], 4096
     same = head.get_shape() == embedding.get_shape() and all(
@@ -100,7 +98,7 @@ def _require_equal_head(tensors: SafetensorsFolder) -> None:
 
 
 def carried_content(source: ModelSource, name: str, dtype: str | None) -> bytes:
-    """A carried file as it is; only a config whose type was changed on request is written anew."""
+    """Return a carried file as it is, but a config with the type that was asked for."""
     content = model_file(source.folder, name).read_bytes()
     if name != "config.json" or dtype is None:
         return content
@@ -121,12 +119,13 @@ def require_finite(tensor: Tensor, where: str) -> None:
 
 
 def require_same_bits(expected: Tensor, got: Tensor, where: str) -> None:
+    """Raise FileError for tensors that differ in a bit."""
     if not same_bits(expected, got):
-        raise PublishError(f"{where} is not what was written; check the disk and its memory")
+        raise FileError(f"{where} is not what was written; check the disk and its memory")
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Equal in type, shape and every bit (0.0 is not -0.0, NaN is itself)."""
+    """Whether two tensors have one type, shape and bits (0.0 is not -0.0, NaN is itself)."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     integers = {2: torch.int16, 4: torch.int32}[first.element_size()]

@@ -1,4 +1,4 @@
-"""The tensors of a HuggingFace folder: safetensors files, their index, the table of data types."""
+"""The tensors of a HuggingFace folder: safetensors files and their index."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from megatron_vopd.hf.mapping import hf_tensors
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name of a type as config.json has it: `bfloat16`."""
     return str(dtype).removeprefix("torch.")
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """The values of a contiguous tensor as uint8 [bytes]: shared memory, a storage of its own."""
+    """View a contiguous tensor as uint8 [bytes]: shared memory, a storage of its own."""
     assert tensor.is_contiguous(), "a chunk must lie in one piece"
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     return torch.from_numpy(flat.numpy())
 
 
 def read_config(model_dir: str | Path) -> tuple[Any, ModelFacts]:
-    """The transformers config of a model folder, and its facts. Code in the folder is never run.
+    """Read the transformers config of a model folder, and its facts. Code in it is never run.
 
     Raises:
         ModelError: no readable config, or an unsupported model.
@@ -68,7 +68,7 @@ class SafetensorsFolder:
         self._stack.close()
 
     def _read_index(self) -> dict[str, str]:
-        """Tensor name -> file name, from the index or from the only file."""
+        """Read tensor name -> file name, from the index or from the only file."""
         index_path = self._dir / INDEX_NAME
         if index_path.is_file():
             names = read_json(model_file(self._dir, INDEX_NAME)).get("weight_map")
@@ -99,7 +99,7 @@ class SafetensorsFolder:
         return self._files[file_name]
 
     def slices(self, name: str) -> Any:
-        """A lazily read tensor: index it with slices, ask `get_shape()`."""
+        """Return a lazily read tensor: index it with slices, ask `get_shape()`."""
         file_name = self.file_of[name]
         try:
             return self._open(file_name).get_slice(name)
@@ -139,9 +139,9 @@ class SafetensorsFolder:
                     )
 
     def path_of(self, name: str) -> Path:
-        """The file that holds a tensor, for messages."""
+        """Return the file that holds a tensor, for messages."""
         return self._dir / self.file_of[name]
 
     def dtype_of(self, name: str) -> str:
-        """A tensor's type as safetensors writes it: F32, BF16, ..."""
+        """Return a tensor's type as safetensors writes it: F32, BF16, ..."""
         return self.slices(name).get_dtype()

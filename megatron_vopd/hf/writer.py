@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,24 +12,13 @@ import torch
 from torch import Tensor
 
 from megatron_vopd.files.atomic_folder import Staging
+from megatron_vopd.hf.dtypes import DTYPES
 from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.hf.mapping import Unit, hf_shape, model_units
-from megatron_vopd.hf.source import (
-    ModelSource,
-    carried_content,
-    read_text_part,
-)
-from megatron_vopd.hf.tensors import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    as_bytes,
-    dtype_name,
-)
+from megatron_vopd.hf.source import ModelSource, carried_content, read_text_part
+from megatron_vopd.hf.tensors import INDEX_NAME, SINGLE_NAME, as_bytes, dtype_name
 
 MAX_FILE_BYTES = 5 * 10**9
-
-
-_DTYPE_CODES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
 @dataclass(frozen=True)
@@ -40,8 +29,13 @@ class FilePlan:
     units: tuple[Unit, ...]
 
     def shapes(self, facts: ModelFacts) -> dict[str, tuple[int, ...]]:
+        """Return the shape of every tensor, in the file's order."""
         names = [name for unit in self.units for name in unit.hf_names()]
         return {name: hf_shape(name, facts) for name in names}
+
+    def num_bytes(self, facts: ModelFacts, dtype: torch.dtype) -> int:
+        """Return the size of the values."""
+        return sum(math.prod(shape) for shape in self.shapes(facts).values()) * dtype.itemsize
 
 
 def plan_files(facts: ModelFacts, item_size: int, max_bytes: int) -> list[FilePlan]:
@@ -65,13 +59,13 @@ def plan_files(facts: ModelFacts, item_size: int, max_bytes: int) -> list[FilePl
 
 
 def header_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> bytes:
-    """Length and header of a safetensors file whose tensors follow in this order."""
+    """Return length and header of a safetensors file whose tensors follow in this order."""
     header: dict[str, object] = {"__metadata__": {"format": "pt"}}
     at = 0
     for name, shape in shapes.items():
         size = math.prod(shape) * dtype.itemsize
         header[name] = {
-            "dtype": _DTYPE_CODES[dtype],
+            "dtype": DTYPES[dtype_name(dtype)].code,
             "shape": list(shape),
             "data_offsets": [at, at + size],
         }
@@ -81,48 +75,55 @@ def header_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> byte
     return len(text).to_bytes(8, "little") + text
 
 
-def num_bytes(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> int:
-    return sum(torch.Size(shape).numel() for shape in shapes.values()) * dtype.itemsize
-
-
-def write_file(
+def write_files(
     staging: Staging,
-    plan: FilePlan,
+    files: Sequence[FilePlan],
     facts: ModelFacts,
     dtype: torch.dtype,
     tensors: Iterator[tuple[str, Tensor]],
+    advance: Callable[[int], None] = lambda _: None,
 ) -> None:
-    shapes = plan.shapes(facts)
-    with staging.create(plan.name) as out:
-        out.write(header_bytes(shapes, dtype))
-        for expected in shapes:
-            name, tensor = next(tensors)
-            assert name == expected, (name, expected)
-            values = tensor.cpu().contiguous()
-            out.write(as_bytes(values).numpy())
-            out.hold(values)
+    """Write these files one after another.
+
+    Args:
+        tensors: what they hold, by name and in their order, in `dtype`.
+        advance: takes the number of bytes written, tensor by tensor.
+    """
+    for plan in files:
+        shapes = plan.shapes(facts)
+        with staging.create(plan.name) as out:
+            out.write(header_bytes(shapes, dtype))
+            for expected in shapes:
+                name, tensor = next(tensors)
+                assert (name, tensor.dtype) == (expected, dtype), (name, expected)
+                out.write(as_bytes(tensor.cpu().contiguous()).numpy())
+                advance(tensor.nbytes)
 
 
 def finish_folder(
     staging: Staging,
-    files: list[FilePlan],
+    files: Sequence[FilePlan],
     facts: ModelFacts,
     dtype: torch.dtype,
-    source_dir: Path,
+    text: Iterable[tuple[str, bytes]],
 ) -> None:
-    """Index where there are several files, config, tokenizer, generation config."""
-    shapes = {file.name: file.shapes(facts) for file in files}
+    """Write what stands beside the tensors.
+
+    Args:
+        files: all files of the model; several make an index.
+        text: name and content of config, tokenizer, generation config.
+    """
     if len(files) > 1:
-        placed = {name: file for file, names in shapes.items() for name in names}
-        total = sum(num_bytes(names, dtype) for names in shapes.values())
+        placed = {name: file.name for file in files for name in file.shapes(facts)}
+        total = sum(file.num_bytes(facts, dtype) for file in files)
         index = {"metadata": {"total_size": total}, "weight_map": placed}
         staging.write(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode("ascii"))
-    for name, content in text_files(source_dir, dtype):
+    for name, content in text:
         staging.write(name, content)
 
 
 def text_files(source_dir: Path, dtype: torch.dtype) -> list[tuple[str, bytes]]:
-    """Config, tokenizer and generation config of a student that is written in `dtype`."""
+    """Return config, tokenizer and generation config of a student that is written in `dtype`."""
     hf_config, facts, carried = read_text_part(source_dir)
     text = ModelSource(source_dir, hf_config, facts, carried, dtype)
     return [(name, carried_content(text, name, dtype_name(dtype))) for name in carried]

@@ -1,1 +1,1 @@
-"""The kernels of the distillation statistics: slow twins, compiled ones, and the door to both."""
+"""The kernels of the distillation statistics: reference, compiled, and the choice between them."""

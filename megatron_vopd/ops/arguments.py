@@ -1,7 +1,7 @@
 """Checks of the arguments on one rank, and of the ranks' arguments against each other; no exchange.
 
 A mistake on one rank must raise on all of them: `RefusedError` carries the argument's number, which
-`vocab_parallel` sends around with the other facts, and `compare` judges them, the same everywhere.
+`vocab_parallel` exchanges with the other facts, and `compare` checks them alike on every rank.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ class RefusedError(ValueError):
 
 
 def require(condition: bool, argument: str, message: str) -> None:
-    """Refuses `argument` unless the condition holds."""
+    """Raise RefusedError about `argument` unless the condition holds."""
     if not condition:
         raise RefusedError(argument, message)
 
 
 def check_labels(labels_T: Tensor, num_tokens: int, device: torch.device) -> None:
-    """int64 [num_tokens] on the device; their range needs the other ranks."""
+    """Check for int64 [num_tokens] on the device; the range of labels needs the other ranks."""
     right = labels_T.dtype == torch.int64 and tuple(labels_T.shape) == (num_tokens,)
     require(
         right and labels_T.device == device,
@@ -58,7 +58,7 @@ def check_labels(labels_T: Tensor, num_tokens: int, device: torch.device) -> Non
 
 
 def check_matrix(tensor: Tensor, argument: str, rows: int | None, columns: int | None) -> None:
-    """A floating matrix with `rows` (any number if None) rows and at least `columns` columns."""
+    """Check for a floating matrix of `rows` (None: any number) and at least `columns` columns."""
     right = (
         tensor.dim() == 2
         and tensor.is_floating_point()
@@ -74,13 +74,20 @@ def check_matrix(tensor: Tensor, argument: str, rows: int | None, columns: int |
 
 
 def check_scalars(temperature: float, topk: int) -> None:
-    """Ranges that need no other rank; topk <= V does, see `compare`."""
+    """Check the ranges that need no other rank; `compare` checks that topk <= V."""
     require(temperature > 0, "temperature", f"expected > 0, got {temperature}")
     require(topk >= 0, "topk", f"expected 1 <= topk <= V, or 0 for none, got {topk}")
 
 
 def compare(facts: list[list[int]]) -> None:
-    """Raises where the ranks' facts do not fit together; the same on every rank."""
+    """Raise where the ranks' facts do not fit together; the same error on every rank.
+
+    Args:
+        facts: per rank, in rank order, the 9 numbers that `vocab_parallel` exchanges.
+
+    Raises:
+        ValueError: naming the argument.
+    """
     for rank, (number, *_) in enumerate(facts):
         if number:
             raise ValueError(f"{ARGUMENTS[number]}: refused on rank {rank}, see its message")
@@ -107,7 +114,7 @@ def compare(facts: list[list[int]]) -> None:
 
 
 def check_impl(impl: str, device: torch.device, dtype: torch.dtype) -> None:
-    """The implementation exists here."""
+    """Check that the implementation exists here."""
     try:
         native.resolve(impl, device, dtype)
     except ValueError as error:
@@ -121,7 +128,7 @@ def check_linear(
     mode: str,
     hidden_gradient: str,
 ) -> None:
-    """Hidden states [T, D], heads [>= num_valid, D] of both models, and the options."""
+    """Check hidden states [T, D], heads [>= num_valid, D] of both models, and the options."""
     hidden_TD, weight_VD, teacher_hidden_TD, teacher_weight_VD = tensors
     check_matrix(hidden_TD, "hidden_TD", None, None)
     check_matrix(teacher_hidden_TD, "teacher_hidden_TD", len(hidden_TD), None)

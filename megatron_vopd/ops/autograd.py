@@ -1,4 +1,4 @@
-"""From logits to differentiable statistics: local kernels, one exchange, closed-form backward.
+"""Differentiable statistics of logits: local kernels, one exchange, closed-form backward.
 
 The exchange is a function that the caller passes in (`Problem.gather`): collectives belong to
 `vocab_parallel`. What travels per token is the tuple (13 fp64) and the top-k pairs, plus one header
@@ -37,11 +37,13 @@ STATISTICS = tuple(DistillStats.__dataclass_fields__)[:-1]
 
 @dataclass(frozen=True)
 class Problem:
-    """What one call is about, besides its tensors.
+    """Arguments of one call, besides its tensors.
 
     Attributes:
         start, stop: this rank's columns of the true vocabulary; rank: its place in the group.
+        temperature: both models' logits are divided by it.
         topk: entries of the global top-k list, 0 for none.
+        kernels: the implementation that computes.
         gather: [rows, width] fp32 of this rank -> [ranks, rows, width], in rank order.
     """
 
@@ -55,7 +57,7 @@ class Problem:
 
     @property
     def num_valid(self) -> int:
-        """Columns of this rank that belong to the true vocabulary."""
+        """Number of columns of the true vocabulary on this rank."""
         return self.stop - self.start
 
 
@@ -73,21 +75,21 @@ class MergedStats:
     taken: Tensor | None
 
     def columns(self, dtype: torch.dtype) -> list[Tensor | None]:
-        """The fields of `DistillStats` in order, as [T] tensors of `dtype`."""
+        """Return the fields of `DistillStats` in order, as [T] tensors of `dtype`."""
         full = list(self.final[:, 2:].to(dtype).unbind(1))
         if self.summary is None:
             return [*full, None, None, None, None]
         return [*full, *self.summary[:, 2:].to(dtype).unbind(1)]
 
     def rows(self, rows: slice) -> MergedStats:
-        """Those of some tokens."""
+        """Return the statistics of a slice of tokens."""
         return MergedStats(
             self.final[rows], *(_each(z, lambda t: t[rows]) for z in self._optional())
         )
 
     @classmethod
     def joined(cls, parts: list[MergedStats]) -> MergedStats:
-        """Those of the tokens of all parts, in order."""
+        """Join the statistics of all parts along the tokens, in order."""
         optional = zip(*(part._optional() for part in parts), strict=True)
         joined = (None if group[0] is None else torch.cat(group) for group in optional)
         return cls(torch.cat([part.final for part in parts]), *joined)
@@ -101,14 +103,14 @@ def _each(tensor: Tensor | None, function: Callable[[Tensor], Tensor]) -> Tensor
 
 
 def statistics_dtype(logits_dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64 logits, fp32 for all others."""
+    """Return fp64 for fp64 logits, fp32 for all others."""
     return torch.promote_types(logits_dtype, torch.float32)
 
 
 def merged_stats(
     student: Tensor, teacher: Tensor, labels_local_T: Tensor, problem: Problem
 ) -> MergedStats:
-    """Local statistics, one exchange, merge: the whole forward.
+    """Compute local statistics, exchange them once and merge: the whole forward.
 
     Args:
         student, teacher: [T, >= num_valid] logits of this rank.
@@ -153,10 +155,10 @@ def student_gradient(
     problem: Problem,
     in_place: bool = False,
 ) -> Tensor:
-    """Gradient at this rank's student logits; no exchange.
+    """Return the gradient at this rank's student logits, in their shape and dtype; no exchange.
 
     Args:
-        coefficients: [T, 5] fp64.
+        coefficients: [T, 5] fp64 in the order of `fields.COEFFICIENTS`.
         in_place: write over `student`, a buffer that the caller made, and return it.
     """
     kernels = problem.kernels
@@ -179,13 +181,13 @@ def student_gradient(
 
 
 def stack_coefficients(coefficients: Coefficients) -> Tensor:
-    """[T, 5] fp64 in the order of `fields.COEFFICIENTS`."""
+    """Stack detached coefficients into [T, 5] fp64 in the order of `fields.COEFFICIENTS`."""
     columns = [getattr(coefficients, name).detach().double() for name in COEFFICIENTS]
     return torch.stack(columns, dim=1)
 
 
 def weighted_loss(merged: MergedStats, coefficients: Tensor) -> Tensor:
-    """Per-token loss [T] fp64; a coefficient of 0 leaves its term out, be it infinite."""
+    """Return the loss per token, [T] fp64; a coefficient of 0 drops even an infinite term."""
     final = merged.final
     topk_kl = torch.zeros_like(final[:, 0]) if merged.summary is None else merged.summary[:, 2]
     values = torch.stack([-final[:, 2], final[:, 4], final[:, 5], final[:, 6], topk_kl], dim=1)
@@ -199,7 +201,7 @@ class DistillStatsFunction(torch.autograd.Function):
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, student: Tensor, teacher: Tensor, labels_local_T: Tensor, problem: Problem
     ) -> tuple[Tensor | None, ...]:
-        """The fields of `DistillStats` in order, without `tokens`."""
+        """Return the fields of `DistillStats` in order, without `tokens`."""
         merged = merged_stats(student, teacher, labels_local_T, problem)
         columns = merged.columns(statistics_dtype(student.dtype))
         constant = {name for name, _, _ in DIFFERENTIABLE} ^ set(STATISTICS)
@@ -219,7 +221,7 @@ class DistillStatsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        """dL/d student logits from the gradients of the statistics."""
+        """Return dL/d student logits from the gradients of the statistics."""
         student, teacher, labels_local_T, final, summary, ids, taken = ctx.saved_tensors
         by_name = dict(zip(STATISTICS, grads, strict=True))
         coefficients = final.new_zeros(len(final), len(COEFFICIENTS))

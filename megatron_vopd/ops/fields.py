@@ -46,11 +46,12 @@ OPTIMAL_FLOOR_FP64 = 1e-6
 
 @dataclass(frozen=True)
 class DistillStats:
-    """Per-token statistics of one call or chunk: each [T] fp32, identical on every rank.
+    """Per-token statistics of one call or chunk: each [T] fp32 (or fp64), equal on every rank.
 
     `tokens` is the place of these rows among the rows of the call (a chunk sees a part), so that a
-    coefficients function can slice per-token data of its own, such as the rollout's log-probs.
-    The last four are None when no top-k was asked for. Natural units (nats), at the temperature.
+    coefficients function can slice further per-token data, such as the rollout's log-probs.
+    The four topk_* are None when no top-k was asked for. In nats (variance: nats squared; masses:
+    probabilities), at the temperature of the call.
     """
 
     student_logprob_T: Tensor
@@ -72,7 +73,11 @@ class DistillStats:
 class Coefficients:
     """Weights of the per-token loss, each [T]; detached, and functions of one token only.
 
-    L = -policy * log p(a) + reverse * RKL + forward * FKL + entropy * H(p) + topk * topk_RKL
+    The loss of a token (docs/how/method.md, section 2) is
+
+        -policy * log p(a) + reverse * RKL + forward * FKL + entropy * H(p) + topk * topk_RKL,
+
+    with RKL = KL(p || q), FKL = KL(q || p) and the reverse KL renormalised on the top-k set.
     """
 
     policy: Tensor

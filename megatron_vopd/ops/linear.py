@@ -35,16 +35,16 @@ BLOCK_ROWS = 4096
 
 @dataclass(frozen=True)
 class LinearProblem:
-    """What one call of the linear form is about, besides its tensors.
+    """Arguments of one call of the linear form, besides its tensors.
 
     Attributes:
-        problem: the statistics' part.
+        problem: arguments of the statistics.
         coefficients_fn: statistics of a chunk -> coefficients.
         chunk: tokens whose logits exist at a time.
         gradient_in_forward: the mode; otherwise the backward recomputes.
         gather_rows: hidden states of this rank -> all rows (identity unless sequence parallel).
         reduce_rows: this rank's part of the gradient at all rows -> the gradient at its own rows.
-        rows_dtype: of that part: fp32 where ranks sum it, else the hidden states' own.
+        rows_dtype: dtype of that part: fp32 where ranks sum it, else that of the hidden states.
     """
 
     problem: Problem
@@ -56,18 +56,18 @@ class LinearProblem:
     rows_dtype: torch.dtype
 
     def chunks(self, num_tokens: int) -> Iterator[slice]:
-        """Slices of the rows; one empty slice when there are none."""
+        """Yield slices of the rows; one empty slice when there are none."""
         for start in range(0, max(num_tokens, 1), self.chunk):
             yield slice(start, min(start + self.chunk, num_tokens))
 
 
 def _fp32_product(device: torch.device, dtype: torch.dtype) -> bool:
-    """Whether low-precision operands multiply straight into fp32 there (CUDA only)."""
+    """Return True where low-precision operands multiply straight into fp32 (CUDA only)."""
     return device.type == "cuda" and dtype in (torch.bfloat16, torch.float16)
 
 
 def head_logits(hidden_TD: Tensor, weight_VD: Tensor, out: Tensor) -> Tensor:
-    """hidden @ weight.T for the rows of `out`'s width, in at least fp32, written into `out`."""
+    """Write hidden @ weight.T for the first out.shape[1] rows into `out` (fp32 or wider)."""
     weight = weight_VD[: out.shape[1]]
     if _fp32_product(weight.device, weight.dtype):
         return torch.mm(hidden_TD.to(weight.dtype), weight.t(), out_dtype=torch.float32, out=out)
@@ -85,13 +85,13 @@ def _row_blocks(num_rows: int) -> Iterator[slice]:
 
 
 def narrowed(gradient_TV: Tensor, dtype: torch.dtype, scratch_TV: Tensor) -> Tensor:
-    """The gradient in `dtype`, written into memory that is no longer needed (`scratch_TV`)."""
+    """Return the gradient in `dtype`, written over `scratch_TV`, which is no longer needed."""
     low = scratch_TV.view(-1).view(dtype)[: gradient_TV.numel()].view(gradient_TV.shape)
     return low.copy_(gradient_TV)
 
 
 def hidden_gradient(gradient_TV: Tensor, weight_VD: Tensor) -> Tensor:
-    """gradient @ weight, [T, D] in at least fp32; the gradient may be in the weight's dtype."""
+    """Return gradient @ weight, [T, D] in fp32 or wider; the gradient may be narrower."""
     weight = weight_VD[: gradient_TV.shape[1]]
     if _fp32_product(weight.device, weight.dtype):
         return torch.mm(gradient_TV.to(weight.dtype), weight, out_dtype=torch.float32)
@@ -104,7 +104,7 @@ def hidden_gradient(gradient_TV: Tensor, weight_VD: Tensor) -> Tensor:
 
 
 def add_weight_gradient(total_VD: Tensor, gradient_TV: Tensor, hidden_TD: Tensor) -> None:
-    """total[:width] += gradient.T @ hidden, in `total`'s dtype, without another [V, D]."""
+    """Add gradient.T @ hidden to total[:width], in `total`'s dtype, without another [V, D]."""
     target = total_VD[: gradient_TV.shape[1]]
     if not _fp32_product(hidden_TD.device, hidden_TD.dtype):
         target.addmm_(gradient_TV.to(total_VD.dtype).t(), hidden_TD.to(total_VD.dtype))
@@ -123,6 +123,7 @@ class Buffers:
 
     @classmethod
     def of(cls, hidden_TD: Tensor, linear: LinearProblem) -> Buffers:
+        """Allocate the buffers for the longest chunk."""
         rows = min(linear.chunk, len(hidden_TD))
         shape = (rows, linear.problem.num_valid)
         dtype = statistics_dtype(hidden_TD.dtype)
@@ -132,7 +133,7 @@ class Buffers:
     def fill(
         self, hidden: tuple[Tensor, Tensor], weights: tuple[Tensor, Tensor], rows: slice
     ) -> tuple[Tensor, Tensor]:
-        """Logits of both models for `rows`; they live until the next call."""
+        """Fill the buffers with both models' logits for `rows`, valid until the next call."""
         num_rows = rows.stop - rows.start
         student = head_logits(hidden[0][rows], weights[0], self.student[:num_rows])
         teacher = head_logits(hidden[1][rows], weights[1], self.teacher[:num_rows])
@@ -140,7 +141,7 @@ class Buffers:
 
 
 class Gradients:
-    """Sums of the chunks: the hidden states' rows and the weight, each only when wanted."""
+    """Gradients of all chunks: at the hidden states and at the weight, each only when wanted."""
 
     def __init__(
         self,
@@ -155,9 +156,12 @@ class Gradients:
         self.total_VD = torch.zeros_like(weight_VD, dtype=wide) if wanted[1] else None
 
     def add(self, gradient_TV: Tensor, hidden_TD: Tensor, rows: slice, scratch_TV: Tensor) -> None:
-        """The part of one chunk: its gradient at the logits, and all hidden states.
+        """Add the part of one chunk: its gradient at the logits, times head and hidden states.
 
-        `scratch_TV`: the teacher's logits of the chunk, which nothing reads any more.
+        Args:
+            gradient_TV: [rows, V] of the chunk.
+            hidden_TD: [T, D] of all chunks.
+            scratch_TV: the teacher's logits of the chunk, which nothing reads any more.
         """
         if _fp32_product(hidden_TD.device, hidden_TD.dtype):
             gradient_TV = narrowed(gradient_TV, hidden_TD.dtype, scratch_TV)
@@ -168,7 +172,7 @@ class Gradients:
 
 
 def deliver_weight_gradient(weight_VD: Tensor, total_VD: Tensor) -> Tensor:
-    """Hands dW over: into `main_grad` by Megatron's protocol where there is one, else returned.
+    """Hand dW over: add it to `main_grad` (Megatron's protocol) where there is one, else return it.
 
     With `main_grad`, autograd still gets a tensor, because the hook that starts the overlapped
     reduction asserts a gradient: zeros when `zero_out_wgrad` says that the hook will add it (tied
@@ -185,12 +189,12 @@ def deliver_weight_gradient(weight_VD: Tensor, total_VD: Tensor) -> Tensor:
 
 
 def chunk_stats(merged: MergedStats, dtype: torch.dtype, rows: slice) -> DistillStats:
-    """The user's view of merged statistics."""
+    """Return merged statistics as the caller of the operator sees them."""
     return DistillStats(*merged.columns(dtype), tokens=rows)  # pyright: ignore[reportArgumentType]
 
 
 class LinearDistillFunction(torch.autograd.Function):
-    """(loss_sum, statistics...) of hidden states and heads; see the module docstring."""
+    """(loss_sum, statistics...) of hidden states and heads, computed chunk by chunk."""
 
     @staticmethod
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -202,6 +206,7 @@ class LinearDistillFunction(torch.autograd.Function):
         labels_local_T: Tensor,
         linear: LinearProblem,
     ) -> tuple[Tensor | None, ...]:
+        """Return the loss (0-d) and the fields of `DistillStats` without `tokens`."""
         both = (linear.gather_rows(hidden), linear.gather_rows(teacher_hidden))
         weights = (weight.detach(), teacher_weight.detach())
         dtype = statistics_dtype(hidden.dtype)
@@ -237,7 +242,7 @@ class LinearDistillFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:  # pyright: ignore
-        """Gradients at the hidden states (reduced over ranks) and at the student's head."""
+        """Return gradients at the hidden states (reduced over ranks) and at the student's head."""
         loss_gradient = grads[0]
         if loss_gradient is None:
             return (None,) * 6
@@ -258,7 +263,7 @@ class LinearDistillFunction(torch.autograd.Function):
 
 
 def _recomputed(ctx: Any) -> Gradients:
-    """The chunks' gradients from logits that are made again; no exchange."""
+    """Compute the gradients of all chunks from logits that are made again; no exchange."""
     linear, merged = ctx.linear, ctx.merged
     student_hidden, teacher_hidden, labels_local_T = ctx.saved_tensors
     weights = tuple(weight.detach() for weight in ctx.weights)

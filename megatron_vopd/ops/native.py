@@ -1,7 +1,7 @@
-"""The one door to the kernels: `impl` is resolved here, once, and what is missing raises.
+"""The choice of kernels: `impl` is resolved here, once, and what is missing raises.
 
 ``auto`` takes the compiled kernels of the tensor's device (fp32 and bf16) and the reference for
-fp64, which only the reference computes. Naming an implementation is a demand, never a wish.
+fp64, which only the reference computes. An implementation asked for by name is never replaced.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Kernels:
 
 @functools.cache
 def extension() -> ModuleType | None:
-    """The compiled module, or None where it was not built (then only the reference exists)."""
+    """Return the compiled module, or None where it was not built (only the reference exists)."""
     try:
         module = importlib.import_module("megatron_vopd._C")
     except ModuleNotFoundError:
@@ -50,7 +50,11 @@ def extension() -> ModuleType | None:
 
 
 def build_info() -> dict[str, str]:
-    """What was built: `isa` in use, `detected_isa`, `cuda_archs` ("" without CUDA), `compiler`."""
+    """Return `isa` in use, `detected_isa`, `cuda_archs` ("" without CUDA) and `compiler`.
+
+    Raises:
+        ValueError: the extension is not built.
+    """
     module = extension()
     if module is None:
         raise ValueError(f"the extension is not built; {BUILD_REMEDY}")
@@ -61,7 +65,7 @@ BUILD_REMEDY = "build it with `pip install --no-build-isolation -e .`"
 
 
 def _why_missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the compiled kernels `name` (cpu or cuda) cannot take such a tensor; None if they can."""
+    """Return why the compiled kernels `name` (cpu, cuda) cannot take such logits, else None."""
     module = extension()
     if module is None:
         return f"the extension is not built; {BUILD_REMEDY}"
@@ -76,7 +80,7 @@ def _why_missing(name: str, device: torch.device, dtype: torch.dtype) -> str | N
 
 @functools.cache
 def resolve(impl: str, device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The kernels for logits of `dtype` on `device`; logged once per distinct answer.
+    """Return the kernels for logits of `dtype` on `device`; logged once per distinct request.
 
     Raises:
         ValueError: `impl` is unknown, or names an implementation that is missing here.

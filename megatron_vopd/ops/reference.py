@@ -16,10 +16,11 @@ from megatron_vopd.ops.fields import EMPTY_REFERENCE
 
 
 def definition(student_TV: Tensor, teacher_TV: Tensor, labels_T: Tensor) -> dict[str, Tensor]:
-    """Statistics of whole rows from their textbook formulas; differentiable; dtype of the input.
+    """Compute the statistics of whole rows from their formulas (docs/how/method.md, section 1).
 
-    Logits are already divided by the temperature. Terms with zero weight contribute zero. The
-    optimal baseline is the raw quotient, without the fallback for peaked rows.
+    Differentiable, in the dtype of the input; each statistic is [T]. Logits [T, V] are already
+    divided by the temperature. Terms with zero weight contribute zero. The optimal baseline is the
+    raw quotient, without the fallback for peaked rows.
     """
     log_p, log_q = student_TV.log_softmax(-1), teacher_TV.log_softmax(-1)
     p, q = log_p.exp(), log_q.exp()
@@ -48,7 +49,7 @@ def local_stats(
     temperature: float,
     topk: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """One shard's tuple of sums, and its top-k list with the teacher's logits gathered.
+    """Return one shard's tuple of sums, and its top-k list with the teacher's logits at its ids.
 
     Args:
         student, teacher: [T, >= num_valid] logits of this shard; further columns are never read.
@@ -83,7 +84,7 @@ def local_stats(
 
 
 def _shift(packed: Tensor, m: Tensor, n: Tensor) -> Tensor:
-    """The sums [T, 9] of `packed` [T, 13] against the references m, n instead of its own."""
+    """Move the sums of `packed` [T, 13] to the reference points m, n; return them as [T, 9]."""
     S, N, U, D, F, C, Q, E, G = packed[:, 2:11].unbind(1)
     alpha, beta = m - packed[:, 0], n - packed[:, 1]
     kappa = alpha - beta
@@ -98,7 +99,7 @@ def _shift(packed: Tensor, m: Tensor, n: Tensor) -> Tensor:
 
 
 def merge_stats(packed: Tensor, optimal_floor: float) -> Tensor:
-    """Merges [ranks, T, 13] tuples in rank order and finalises them: [T, 10] (`fields.FINAL`).
+    """Merge [ranks, T, 13] tuples in rank order into final statistics [T, 10] (`fields.FINAL`).
 
     `optimal_floor`: rows with 1 - sum(p^2) below it take -RKL as their optimal baseline.
     """
@@ -132,7 +133,7 @@ def merge_stats(packed: Tensor, optimal_floor: float) -> Tensor:
 def merge_topk(
     student: Tensor, teacher: Tensor, lengths: Tensor, topk: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Stable merge of per-rank top-k lists into the global top-k.
+    """Merge per-rank top-k lists into the global top-k.
 
     Shards are contiguous and each list is sorted by (value descending, id ascending, NaN first), so
     a stable sort of the lists laid side by side in rank order is the exact global answer.
@@ -145,6 +146,9 @@ def merge_topk(
 
     Returns:
         student_TK, teacher_TK: the global list; taken_TR: how many entries each rank gave (int64).
+
+    Raises:
+        ValueError: topk is out of range.
     """
     if not 1 <= topk <= int(lengths.sum()):
         raise ValueError(f"topk: expected 1 <= topk <= {int(lengths.sum())}, got {topk}")
@@ -170,7 +174,9 @@ def logits_gradient(
     topk_taken: Tensor | None = None,
     topk_summary: Tensor | None = None,
 ) -> Tensor:
-    """Gradient at this shard's student logits of any mix of the losses (kernels.md section 2).
+    """Return the gradient at this shard's student logits of any mix of the losses.
+
+    Formula: docs/how/kernels.md, section 2.
 
     Args:
         student, teacher, labels, num_valid, temperature: as in `local_stats`.
@@ -212,5 +218,5 @@ def logits_gradient(
 
 
 def logits_gradient_(student: Tensor, *args: Any) -> None:
-    """`logits_gradient` written over `student`, a buffer that the caller made."""
+    """Write `logits_gradient` over `student`, a buffer that the caller made."""
     student.copy_(logits_gradient(student, *args))

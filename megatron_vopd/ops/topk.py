@@ -1,4 +1,4 @@
-"""What a merged top-k list says about a token: renormalised and tail KL, covered masses.
+"""Statistics of a merged top-k list: renormalised and tail KL, covered masses.
 
 Shared by every implementation: the lists are [T, K], small beside the logits.
 """
@@ -15,7 +15,7 @@ TAIL_FLOOR = 1e-7
 def summarize(
     student_TK: Tensor, teacher_TK: Tensor, final: Tensor, temperature: float, covers_all: Tensor
 ) -> Tensor:
-    """Statistics over the set S of the top-k (method.md section 1, `topk` and `topk_tail`).
+    """Compute the statistics over the set S of the top-k (docs/how/method.md, section 1).
 
     Args:
         student_TK: [T, K] student logits of S, before the temperature.

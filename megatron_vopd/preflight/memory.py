@@ -24,13 +24,13 @@ from dataclasses import dataclass, field, replace
 from functools import cache
 
 from megatron_vopd.config.schema import Config, StudentSection, TeacherSection
+from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.hf.facts import ModelFacts, kv_repeat
 from megatron_vopd.hf.mapping import hf_shape, layer_units, shard_parameters
 from megatron_vopd.preflight.activations import Kind, LayerMemory, Recompute, layer_memory
 from megatron_vopd.types import LOSS_CHUNK, Coordinates, Layout
 
 GRADIENT_SIZE = MOMENT_SIZE = MASTER_SIZE = LOGIT_SIZE = 4
-_ITEM_SIZES = {"bf16": 2, "fp32": 4}
 HELD = ("student weights", "gradients", "optimizer", "teacher weights", "teacher head")
 
 
@@ -182,14 +182,14 @@ def _student(
     parallel: bool,
     distributed: bool,
 ) -> _Student:
-    size = _ITEM_SIZES[section.dtype]
+    size = CONFIG_DTYPES[section.dtype].num_bytes
     layer = layer_memory(facts, layout, machine.kind, size, True, parallel and layout.tp > 1)
     settings = (parallel, section.recompute, distributed)
     return _Student(facts, layout, size, layer, *settings)
 
 
 def _teacher(dtype: str, facts: ModelFacts, layout: Layout, machine: Machine) -> _Model:
-    size = _ITEM_SIZES[dtype]
+    size = CONFIG_DTYPES[dtype].num_bytes
     return _Model(
         facts, layout, size, layer_memory(facts, layout, machine.kind, size, False, False)
     )

@@ -1,7 +1,7 @@
-"""The beginning of a run: its parts built, its folder entered, what an earlier start saved loaded.
+"""The beginning of a run: its parts built, its folder entered, an earlier start's state loaded.
 
-Nothing in the folder of an earlier run changes before that run's checkpoint was loaded: a start
-that is refused loses nothing.
+Configuration and metrics of an earlier start are not changed before its checkpoint was loaded: a
+start that is refused loses nothing.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def begin(config: Config, device: str, stop: StopFlag | None = None) -> Run:
     Every rank of the world calls it with the same configuration.
 
     Args:
-        device: of the world that was joined by `megatron.groups.init_world`.
+        device: "cpu" or "cuda", that of the world that `megatron.groups.init_world` joined.
         stop: a request to stop, which ends a step that is not finished.
 
     Raises:
-        UserError: on every rank, what one of them cannot work with.
+        UserError: on every rank when one of them meets a mistake of the user.
     """
     models = sound_models(config)
     run_dir = Path(config.run.dir) / config.run.name
@@ -57,11 +57,13 @@ def begin(config: Config, device: str, stop: StopFlag | None = None) -> Run:
         parts = build(config, models, device, engines, stack, stop, run_dir / "skipped")
         trainer, student = parts.trainer, parts.trainer.student
         teacher_dirs = {key: Path(models[key].path) for key in trainer.teachers}
-        prints = rank_0(lambda: {key: fingerprint(path) for key, path in teacher_dirs.items()})
+        fingerprints = rank_0(
+            lambda: {key: fingerprint(path) for key, path in teacher_dirs.items()}
+        )
         given = parts.sources.given
-        trainer.caches = open_caches(config.named_teachers, trainer.teachers, given, prints)
+        trainer.caches = open_caches(config.named_teachers, trainer.teachers, given, fingerprints)
         run = Run(config, run_dir, student_dir, student, trainer, parts.engine, parts.pusher, stack)
-        same, keep = identity(config, student.facts, prints), config.checkpoint.keep
+        same, keep = identity(config, student.facts, fingerprints), config.checkpoint.keep
         folders = (run_dir, Path(student_dir))
         run.checkpoints = RunCheckpoints(*folders, student, trainer, same, keep, run.say)
         _add_evaluator(run, parts)
@@ -71,6 +73,7 @@ def begin(config: Config, device: str, stop: StopFlag | None = None) -> Run:
 
 
 def _add_evaluator(run: Run, parts: Parts) -> None:
+    """Set the run's evaluator, where it has problems to evaluate on."""
     if not parts.sources.problems:
         return
     config, settings = run.config, replace(run.trainer.settings, max_staleness=0)
@@ -81,7 +84,10 @@ def _add_evaluator(run: Run, parts: Parts) -> None:
 
 
 def _load(run: Run, resume: Resume) -> None:
-    """Load the checkpoint, then record: metrics of steps that will be repeated are cut off."""
+    """Load the checkpoint, if any, then record the configuration and open the metrics.
+
+    Metrics of steps that will be repeated are cut off.
+    """
     for remark in resume.remarks:
         run.say(f"note: {remark}")
     if resume.folder is not None:
@@ -93,7 +99,7 @@ def _load(run: Run, resume: Resume) -> None:
     steps = run.config.train.steps
     writer = all_ranks(_writer, run.config.logging, run.run_dir, run.resources, steps, last_step)
     if writer is not None:
-        # Engines that only evaluate have nothing to say of a step.
+        # Engines that only evaluate have no metrics of a step.
         sources = (run.engine, run.pusher) if run.config.has_rollouts else (None, None)
         run.writer, run.trainer.sink = writer, MetricsSink(writer, *sources)
 
@@ -104,7 +110,7 @@ def resume_evaluation(run: Run) -> None:
     if evaluator is None or saved is None:
         return
     best = evaluation.best_of(run.extra)
-    # The best is only worth something with its weights, which are the start's before any step.
+    # The best needs its weights: those of its checkpoint, or at step 0 the student's as given.
     has_weights = rank_0(
         lambda: best is not None and (not best.step or step_dir(run.run_dir, best.step).is_dir())
     )
@@ -134,15 +140,16 @@ def open_caches(
     Every rank of the world calls it.
 
     Args:
-        sections: of the teachers, by key.
+        sections: configuration of each teacher, by its key.
+        teachers: the loaded teachers, by key.
         given: all ready responses of the run, unshortened.
-        fingerprints: of the teachers' folders.
+        fingerprints: hashes of the teachers' model folders, by key.
 
     Returns:
         Caches by key of the teacher.
 
     Raises:
-        UserError: on every rank, a folder of another teacher or of texts that changed, or torn.
+        UserError: on every rank: a cache of another teacher or of changed texts, or a torn one.
     """
     found = {}
     for key, teacher in sorted(teachers.items()):

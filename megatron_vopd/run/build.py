@@ -2,7 +2,7 @@
 
 Every rank makes the same calls with the same configuration. Whatever is wrong on one rank is raised
 on all of them as one UserError; process groups and models are made in the same order everywhere. No
-folder is made or touched here: a dry run builds the same parts.
+run folder is made or touched here: a dry run builds the same parts.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from megatron_vopd.collectives import StopFlag, all_ranks
@@ -21,8 +20,9 @@ from megatron_vopd.config.schema import Config, TeacherSection
 from megatron_vopd.config.world import layouts
 from megatron_vopd.data.grading import Grader
 from megatron_vopd.data.prompts import PromptTokenizer
-from megatron_vopd.data.stop_ids import stop_ids
+from megatron_vopd.data.stop_ids import stop_ids as stop_ids_of
 from megatron_vopd.errors import ConfigError, refusal, shown
+from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.hf.facts import ModelError
 from megatron_vopd.hf.folder import ModelFolder
 from megatron_vopd.hf.models import fetch_weights, read_models
@@ -45,18 +45,16 @@ from megatron_vopd.types import Rollout
 
 Model = TypeVar("Model")
 
-_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-
 
 @dataclass(frozen=True)
 class Parts:
-    """What trains, before it is known where.
+    """Everything that a training step needs, before there is a run folder.
 
     Attributes:
-        engine: of this rank; None: it has none.
-        pusher: gives the engines weights; None: no engine has any.
+        engine: the engine of this rank; None: it has none.
+        pusher: gives the engines weights; None: the run has no engine.
         sources: where prompts and ready responses come from.
-        grader: of responses, called on the leaders.
+        grader: (rollout) -> its grade; called on the leaders.
         collector: (settings, prompts, responses, grader, push) -> a collector over the engines.
     """
 
@@ -71,8 +69,8 @@ class Parts:
 def sound_models(config: Config) -> dict[str, ModelFolder]:
     """Read the run's models once, and check the configuration against them on this world.
 
-    Every rank of the world calls it. What a local folder says is refused before anything is
-    downloaded from a hub.
+    Every rank of the world calls it. A mistake that local folders show is refused before anything
+    is downloaded from a hub.
 
     Raises:
         ConfigError: on every rank, everything that `vopd check` would refuse.
@@ -104,20 +102,21 @@ def build(
     """Build everything that a training step needs. Every rank of the world calls it.
 
     Args:
-        models: of `sound_models`.
-        engines: makes this rank's engine, or a stand-in.
+        models: the run's models, as `sound_models` returns them.
+        device: "cpu" or "cuda", already resolved.
+        engines: makes this rank's engine (or a stand-in) and its pusher.
         stack: closes what was started.
         stop: a request to stop, which ends a step that is not finished.
         replay_dir: where batches of skipped steps are written; None: nowhere.
 
     Raises:
-        UserError: on every rank, what one of them cannot work with.
+        UserError: on every rank when one of them meets a mistake of the user.
     """
-    ends = all_ranks(stop_ids, config.data.eos_contract, models)
-    settings = step_settings(config, ends, replay_dir)
+    stop_ids = all_ranks(stop_ids_of, config.data.eos_contract, models)
+    settings = step_settings(config, stop_ids, replay_dir)
     tokenizer = all_ranks(PromptTokenizer.of, models["student"].path, config.student)
-    # Before the weights, which take longer: a mistake in the data is reported soon.
-    sources = all_ranks(load_sources, config, tokenizer, ends, models)
+    # Before the weights, which take longer: a mistake in the data is reported early.
+    sources = all_ranks(load_sources, config, tokenizer, stop_ids, models)
     for line in sources.summary:
         announce(line, config.logging.console)
     all_ranks(fetch_weights, config.model_paths, models)
@@ -159,7 +158,7 @@ def _load_models(
     shown_paths, console = config.model_paths, config.logging.console
     spec = all_ranks(resolved_layer_spec, config.parallel.backend, device)
     options = ModelOptions(
-        _DTYPES[config.student.dtype],
+        CONFIG_DTYPES[config.student.dtype].torch_dtype,
         device,
         spec,
         config.parallel.sequence_parallel,
@@ -183,13 +182,14 @@ def _teacher(
     key: str, folder: str, section: TeacherSection, groups: Groups, student: Student
 ) -> Teacher:
     known = student.options
-    options = ModelOptions(_DTYPES[section.dtype], known.device, known.layer_spec, trained=False)
+    dtype = CONFIG_DTYPES[section.dtype].torch_dtype
+    options = ModelOptions(dtype, known.device, known.layer_spec, trained=False)
     load = (folder, groups, student.facts, student.groups, options, section.offload)
     return all_ranks(_loaded, key, folder, Teacher, *load)
 
 
 def _loaded(key: str, folder: str, load: Callable[..., Model], *args: Any) -> Model:
-    """Load a model; say what is wrong with its folder by the setting that names it."""
+    """Load a model; refuse a broken folder by the setting that names it."""
     try:
         return load(*args)
     except ModelError as error:
@@ -198,6 +198,7 @@ def _loaded(key: str, folder: str, load: Callable[..., Model], *args: Any) -> Mo
 
 
 def _grader(tokenizer: PromptTokenizer, stack: ExitStack) -> GradeRollout:
+    """Return a function that grades a rollout; `stack` ends its process."""
     grader = stack.enter_context(Grader())
 
     def grade(rollout: Rollout) -> float:

@@ -1,9 +1,9 @@
-"""A training run saved and resumed: weights, Adam's state, random states, and everything as JSON.
+"""A training run saved and resumed: weights, Adam's state, random states, and all else as JSON.
 
-`save` writes `checkpoints/step_N` beside its place and publishes it whole (`publish_together`);
-`load` fills a run that was built from the same configuration, in any layout (`run_identity` says
-what "the same" is). Both are collectives of the whole world. A resumed CPU run is bitwise equal to
-an uninterrupted one; random states go with the layout, so another layout seeds its own.
+`save` writes `checkpoints/step_N` beside its place and publishes it whole (`checkpoint.staging`);
+`load` fills a run that was built from the same configuration, in any layout (`run.identity` defines
+"the same"). Both are collectives of the whole world. A resumed CPU run is bitwise equal to an
+uninterrupted one; random states belong to a layout; in another one they start from the seed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_vopd.checkpoint.chunks import CheckpointError
 from megatron_vopd.checkpoint.optimizer import (
     fill_optimizer,
     num_updates,
@@ -41,6 +40,7 @@ from megatron_vopd.checkpoint.sharded import (
 )
 from megatron_vopd.checkpoint.staging import begin_staging, publish_staging
 from megatron_vopd.collectives import all_ranks, from_all_ranks, rank_0
+from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.files.atomic_folder import Staging, read_manifest
 from megatron_vopd.hf.tensors import dtype_name
 from megatron_vopd.hf.writer import text_files
@@ -61,13 +61,13 @@ _RANDOM = "random_states"
 
 @dataclass(frozen=True)
 class RunCheckpoints:
-    """Saves and loads one run.
+    """The checkpoints of one run, which it saves to and loads from.
 
     Attributes:
         source_dir: the student's model folder; checkpoints must not lie in it.
-        identity: from `run_identity.identity`, the same on every rank.
-        keep: newest checkpoints that stay.
-        say: takes a line for the reader; does nothing on ranks without a terminal.
+        identity: from `run.identity.identity`, the same on every rank.
+        keep: how many of the newest checkpoints stay.
+        say: takes a log line; does nothing on ranks without a terminal.
     """
 
     run_dir: Path
@@ -82,8 +82,8 @@ class RunCheckpoints:
         """Publish the state after the last step as `step_N`; one that verifies is left alone.
 
         Args:
-            extra: JSON values of the caller's, such as the best evaluation, given back by `load`.
-            keep_also: steps that retention leaves, beside the newest `keep`.
+            extra: JSON values of the caller, such as the best evaluation; `load` returns them.
+            keep_also: steps whose checkpoints stay in any case, beside the newest `keep`.
 
         Raises:
             UserError: on every rank, naming the path; earlier checkpoints are untouched.
@@ -107,12 +107,13 @@ class RunCheckpoints:
         return out_dir
 
     def _finish(self, staging: Staging, chunks: list[Written], state: dict[str, Any]) -> None:
-        """Index and state; and what makes a HuggingFace folder of the weights."""
+        """Write index, state, and the files that make a HuggingFace folder of the weights."""
         for name, content in text_files(self.source_dir, self.student.options.dtype):
             staging.write(f"{HF_DIR}/{name}", content)
         complete(staging, chunks, state)
 
     def _prepare(self, step: int) -> tuple[bool, list[str]]:
+        """Make the folder of checkpoints; return what `make_room` finds at the place of `step`."""
         checkpoints_dir(self.run_dir).mkdir(parents=True, exist_ok=True)
         return make_room(self.run_dir, step)
 
@@ -120,7 +121,7 @@ class RunCheckpoints:
         remove_old(self.run_dir, newest, self.keep, also)
 
     def _state(self, extra: Mapping[str, Any]) -> dict[str, Any]:
-        """What `common.json` holds; JSON values, from rank 0."""
+        """Return the JSON values of `common.json`, which rank 0 writes."""
         return {
             "kind": KIND,
             "step": self.trainer.step,
@@ -133,7 +134,7 @@ class RunCheckpoints:
         }
 
     def _num_bytes(self) -> int:
-        """Of the whole checkpoint: what the ranks hold of it, replicas left out."""
+        """Count the bytes of the whole checkpoint: what all ranks hold of it, replicas left out."""
         student = self.student
         weights = entries(student.bare.sharded_state_dict())
         local = [shard for entry in weights.values() for shard in shards(entry)]
@@ -144,10 +145,10 @@ class RunCheckpoints:
         return sum(from_all_ranks(sum, sizes))
 
     def _write(self, file: ShardFile) -> Callable[[], list[Written]]:
-        """Write this rank's shards, whatever fails on the way: other ranks join in to the end.
+        """Write this rank's shards; after a failure, take part in the collectives to the end.
 
         Returns:
-            what gives the chunks, or raises what went wrong.
+            A function that returns the chunks written, or raises what went wrong.
         """
         error: Exception | None = None
         try:
@@ -157,11 +158,11 @@ class RunCheckpoints:
                         if error is None:
                             shard.data = shard.data.detach().cpu()
                             file.add(shard)
-                    except Exception as caught:  # `_values` has collectives: go on to the end
+                    except Exception as caught:  # `_values` has collectives: finish them
                         error = caught
                 if error is not None:
                     raise error
-        except Exception as caught:  # raised by `chunks`, where all ranks are told
+        except Exception as caught:  # raised by `chunks`, then on every rank
             error = caught
 
         def chunks() -> list[Written]:
@@ -179,11 +180,11 @@ class RunCheckpoints:
         yield rank_row(_RANDOM, random_bytes())
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Go on from `folder`, whose hashes were just verified; returns the caller's `extra`.
+        """Resume from `folder`, whose hashes were just verified; return the caller's `extra`.
 
         Raises:
-            UserError: it is no checkpoint of this run's kind, or of another model, teacher or
-                configuration: named by key.
+            UserError: on every rank: no checkpoint of a training run, or one of another model,
+                teacher or configuration (named by key).
         """
         state = all_ranks(self._checked_state, folder)
         hashed = all_ranks(lambda: [record.name for record in _manifest(folder)["files"]])
@@ -191,7 +192,7 @@ class RunCheckpoints:
             same_layout = state["layout"] == asdict(self.student.groups.layout)
             self._fill(reader, same_layout)
         if not same_layout:
-            self.say(f"{folder}: was saved by another layout; random states start anew")
+            self.say(f"{folder}: was saved by another layout; random states start from the seed")
         set_num_updates(self.student, state["num_updates"])
         all_ranks(self.trainer.load_state_dict, state["trainer"])
         if self.trainer.curriculum.remark:
@@ -201,7 +202,7 @@ class RunCheckpoints:
     def _checked_state(self, folder: Path) -> dict[str, Any]:
         state = read_state(folder)
         if state.get("kind") != KIND:
-            raise CheckpointError(
+            raise FileError(
                 f"{folder}: not a checkpoint of a training run; give a step_N folder of a run's "
                 "checkpoints"
             )
@@ -209,10 +210,11 @@ class RunCheckpoints:
         return state
 
     def _fill(self, reader: CheckpointReader, same_layout: bool) -> None:
+        """Fill weights, optimizer and, in the same layout, random states from the files."""
         student = self.student
         weights = entries(student.bare.sharded_state_dict())
         wanted = [shard for entry in weights.values() for shard in shards(entry)]
-        # The state's row is read where it belongs: on the same rank of the same layout.
+        # Random states are read where they belong: on the same rank of the same layout.
         random_row = rank_row(_RANDOM, torch.empty_like(random_bytes()))
         own_row = [random_row] if same_layout else []
         asked = [*wanted, *optimizer_shards(student), *own_row]
@@ -229,5 +231,5 @@ class RunCheckpoints:
 def _manifest(folder: Path) -> dict[str, Any]:
     manifest = read_manifest(folder)
     if manifest is None:
-        raise CheckpointError(f"{folder}: has no manifest.json; the checkpoint is not complete")
+        raise FileError(f"{folder}: has no manifest.json; the checkpoint is not complete")
     return manifest

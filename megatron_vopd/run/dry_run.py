@@ -1,4 +1,4 @@
-"""Two steps on random tokens: does everything fit, before a long run is started.
+"""A dry run: two steps on random tokens, to see whether everything fits before a long run.
 
 Models, optimizer, teachers and data are those of the run, at its longest prompts' rows and at the
 last rung of the length ladder, so memory is what the run will need; the second step is the first
@@ -42,7 +42,7 @@ _GIB = 2**30
 
 
 def at_full_length(config: Config) -> Config:
-    """The configuration with the longest responses from the first step on."""
+    """Return the configuration with the longest responses from the first step on."""
     longest = CurriculumSection(kind="fixed", ladder=(config.max_response_tokens,))
     return config.model_copy(update={"curriculum": longest})
 
@@ -61,7 +61,7 @@ class RandomEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
-        """Ids that end no response, with the log-prob of the uniform distribution."""
+        """Return ids that end no response, with the log-prob of the uniform distribution."""
         ids = [i for i in range(self._vocab_size) if i not in sampling.stop_ids]
         logprobs = (-math.log(len(ids)),) * sampling.max_tokens
         version = self.policy_version or 0
@@ -77,7 +77,7 @@ class RandomEngine:
     def update_weights(
         self, tensors: Iterable[tuple[str, Tensor]], policy_version: int
     ) -> PushReport:
-        """Accepts every push, and reads it to the end."""
+        """Accept every push, and read it to the end."""
         num_bytes = sum(tensor.nbytes for _, tensor in tensors)
         self.policy_version = policy_version
         return PushReport(policy_version, num_bytes, 0.0)
@@ -85,24 +85,24 @@ class RandomEngine:
     def probe_logprobs(
         self, sequences: Sequence[Sequence[int]], replica: int = 0
     ) -> list[list[float]]:
-        """Nothing that it says of a sequence would be true."""
+        """Raise NotImplementedError: without weights, no log-prob would be true."""
         raise NotImplementedError("a random engine has no weights")
 
     def refuse_weights(self, reason: str) -> None:
         self.policy_version = None
 
     def sleep(self) -> None:
-        """It holds no memory."""
+        """Ignore the request: this engine holds no memory."""
 
     def wake(self) -> None:
-        """Nothing slept."""
+        """Ignore the request: this engine never sleeps."""
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Ignore the request: nothing was started."""
 
 
 def rehearse(config: Config, parts: Parts) -> list[str]:
-    """Make the steps; what they needed beside what was estimated, as lines for the reader.
+    """Make the steps; return a table, line by line, of the memory estimated and measured.
 
     A collective of the whole world. On a CPU the measured peak is that of the process since its
     start; what it holds beside tensors is measured and counted as a part.
@@ -130,7 +130,7 @@ def rehearse(config: Config, parts: Parts) -> list[str]:
 
 
 def estimated(config: Config, trainer: Trainer) -> list[RankMemory]:
-    """Estimate the memory of the run's models, layouts and device."""
+    """Estimate the memory of each rank from the run's models, layouts and device."""
     student, teachers = trainer.student, trainer.teachers
     kind: Kind = "cpu"
     memory = 0.0
@@ -144,7 +144,7 @@ def estimated(config: Config, trainer: Trainer) -> list[RankMemory]:
 
 
 def bytes_beside_tensors() -> int:
-    """Resident memory of this process that is not of a live tensor: Python, libraries, buffers."""
+    """Return this process's resident bytes outside live tensors: Python, libraries, buffers."""
     storages = {}
     for thing in gc.get_objects():
         if issubclass(type(thing), Tensor):

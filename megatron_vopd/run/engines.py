@@ -1,4 +1,4 @@
-"""The leaders' engines of a run, and what gives them the student's weights.
+"""The leaders' engines of a run, and the pusher that gives them the student's weights.
 
 No engine is started here: the first push does that.
 """
@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_vopd.config.schema import Config, RolloutSection
+from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.rollout.engine import Engine, PushReport
 from megatron_vopd.rollout.push import Probe, make_probe, push
@@ -31,13 +32,20 @@ EngineFactory = Callable[[Student, int], "tuple[Engine | None, Pusher | None]"]
 
 
 class Pusher:
-    """Gives the engines the student's weights, and keeps the report of the last push."""
+    """The push of the student's weights to the engines; `report` is that of the last push.
+
+    Args:
+        engine: the engine of this rank; None: it leads none.
+        probe: sequences on which engines and trainer are compared.
+        longest: most tokens of a row when the trainer computes its log-probs.
+    """
 
     def __init__(self, student: Student, engine: Engine | None, probe: Probe, longest: int) -> None:
         self._student, self._engine, self._probe, self._longest = student, engine, probe, longest
         self.report: PushReport | None = None
 
     def __call__(self, policy_version: int) -> PushReport:
+        """Push the weights under this version. Every rank of the world calls it."""
         student = self._student
         self.report = push(
             student.bare,
@@ -58,7 +66,7 @@ class Pusher:
 
 
 def engines_of(config: Config, model_dir: str, run_dir: Path, device: str) -> EngineFactory:
-    """Return what makes this rank's engine and its pusher, as configured.
+    """Return a function that makes this rank's engine and pusher, as configured.
 
     Args:
         model_dir: HF folder of the student; its config is read.
@@ -67,8 +75,8 @@ def engines_of(config: Config, model_dir: str, run_dir: Path, device: str) -> En
     """
 
     def make(student: Student, vocab_size: int) -> tuple[Engine | None, Pusher | None]:
-        """Make none of both where nothing is sampled, and no engine on ranks that lead none."""
-        if not (step_settings(config).num_asked or config.evaluates):
+        """Make neither where nothing is sampled, and no engine on ranks that lead none."""
+        if not (step_settings(config, (), None).num_asked or config.evaluates):
             return None, None
         row = config.train.max_tokens_per_microbatch
         exact = config.student.dtype == config.rollout.dtype == "fp32"
@@ -91,7 +99,7 @@ def engines_of(config: Config, model_dir: str, run_dir: Path, device: str) -> En
 
 
 def _own_gpu() -> str:
-    """This rank's GPU as the engine's process has to name it."""
+    """Return this rank's GPU as the engine's process has to name it."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
     local_rank = int(os.environ["LOCAL_RANK"])
     return visible[local_rank] if visible else str(local_rank)
@@ -101,17 +109,14 @@ def make_run_probe(is_exact: bool, vocab_size: int, longest: int) -> Probe:
     """Make the probe of pushes; its tolerance follows from what trainer and engine compute in.
 
     Args:
-        is_exact: both compute in fp32.
-        vocab_size: ids below it are probed with.
+        is_exact: trainer and engine both compute in fp32.
+        vocab_size: the probe draws ids below it.
         longest: most tokens of a sequence.
     """
     kind = "fp32" if is_exact else "bf16"
     tolerance, relative = _PROBE_TOLERANCES[kind], _PROBE_RELATIVE[kind]
     length = min(_PROBE_LENGTH, longest)
     return make_probe(vocab_size, length=length, tolerance=tolerance, relative=relative)
-
-
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 def make_engine(
@@ -133,13 +138,14 @@ def make_engine(
         leader, num_leaders: which data-parallel replica this rank leads, of how many.
         max_model_len: longest prompt and response together.
         device: "cpu" or "cuda", already resolved.
-        seed: of the run.
-        gpu: the leader's own, for CUDA_VISIBLE_DEVICES.
+        seed: seed of the run.
+        gpu: the leader's GPU, for CUDA_VISIBLE_DEVICES.
 
     Raises:
-        UserError: too large an engine.
+        UserError: a local engine over several GPUs, or a server on another host that
+            `rollout.allow_remote` does not allow.
     """
-    dtype = _DTYPES[rollout.dtype]
+    dtype = CONFIG_DTYPES[rollout.dtype].name
     if rollout.engine == "server":
         urls, push_urls = servers_of_leader(rollout.urls, leader, num_leaders)
         return ServerEngine(

@@ -1,11 +1,11 @@
 """The run folder on disk: checkpoints by step, the hint `latest`, `status.json`.
 
     RUN/checkpoints/step_N/     published whole, never written to again
-    RUN/checkpoints/latest      the name of the newest one, for the reader; resuming goes by hashes
+    RUN/checkpoints/latest      the name of the newest one, a hint; a resume verifies hashes
     RUN/status.json             why the last process ended, for the launch script
     RUN/best.json               the best evaluation so far, and where its weights are
 
-All functions are for one rank; what they decide is given to the others by the caller.
+All functions run on one rank; the caller hands their results to the others.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from pathlib import Path
 
 from megatron_vopd.errors import UserError, shown
 from megatron_vopd.files.atomic_file import (
-    PublishError,
+    FileError,
     naming,
     regular_size,
-    replace_text,
+    replace,
     sync_folder,
 )
 from megatron_vopd.files.atomic_folder import (
@@ -34,6 +34,7 @@ from megatron_vopd.files.atomic_folder import (
     verify_manifest,
     verify_sizes,
 )
+from megatron_vopd.files.metrics_file import METRICS_NAME
 
 KIND = "training run"
 LATEST_NAME, STATUS_NAME, BEST_NAME = "latest", "status.json", "best.json"
@@ -43,15 +44,15 @@ _MAX_LATEST_BYTES, MAX_STATUS_BYTES = 64, 65536
 
 
 class RunBusyError(UserError):
-    """Another process trains in the run folder, whose files are its own."""
+    """A run folder in which another process trains; its files must not be touched."""
 
 
 @contextmanager
 def locked(run_dir: Path) -> Iterator[None]:
-    """The folder for this process alone; a process that ends, however it does, gives it back.
+    """Lock the folder for this process; the lock is gone when the process ends, however it does.
 
-    Two runs in one folder would remove each other's checkpoints. File systems that know no locks
-    leave that to the user.
+    Two runs in one folder would remove each other's checkpoints. On a file system without locks
+    nothing is checked.
 
     Raises:
         RunBusyError: another process has it.
@@ -90,18 +91,18 @@ def step_dir(run_dir: Path, step: int) -> Path:
 
 
 def hf_dir(run_dir: Path, step: int) -> Path:
-    """Where the student after `step` steps is exported to."""
+    """Return the folder to which the student after `step` steps is exported."""
     return run_dir / "hf" / f"step_{step}"
 
 
 def step_of(name: str) -> int | None:
-    """N of `step_N`; None for any other name."""
+    """Return N of `step_N`; None for any other name."""
     match = _STEP_NAME.fullmatch(name)
     return int(match[1]) if match else None
 
 
 def saved_steps(run_dir: Path) -> list[int]:
-    """Steps with a checkpoint folder, newest first, valid or not."""
+    """Return the steps with a checkpoint folder, newest first, valid or not."""
     folder = checkpoints_dir(run_dir)
     if not folder.is_dir():
         return []
@@ -112,30 +113,30 @@ def saved_steps(run_dir: Path) -> list[int]:
 
 
 def verify_checkpoint(folder: Path) -> int:
-    """The step of a run's checkpoint in which every byte is what was written.
+    """Verify that every byte of a run's checkpoint is what was written; return its step.
 
     Raises:
-        PublishError: naming the file that is not.
+        FileError: naming the first file that differs, or why it is no such checkpoint.
     """
     if folder.is_symlink() or not folder.is_dir():
-        raise PublishError(f"{folder}: not a folder; give a step_N folder of a run's checkpoints")
+        raise FileError(f"{folder}: not a folder; give a step_N folder of a run's checkpoints")
     try:
         manifest = verify_manifest(folder)
     except OSError as error:
-        raise PublishError(f"{error.filename or folder}: {error.strerror}") from error
+        raise FileError(f"{error.filename or folder}: {error.strerror}") from error
     if manifest is None:
-        raise PublishError(
+        raise FileError(
             f"{folder}: has no manifest.json, so it is no checkpoint, or not a complete one; give "
             "a step_N folder of a run's checkpoints"
         )
     step = manifest.get("step")
     if manifest.get("kind") != KIND or type(step) is not int or step < 0:
-        raise PublishError(f"{folder}: not a checkpoint of a training run; give a step_N folder")
+        raise FileError(f"{folder}: not a checkpoint of a training run; give a step_N folder")
     return step
 
 
 def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and one line about each that does not."""
+    """Return the newest checkpoint that verifies, and a line about each newer one that does not."""
     refused: list[str] = []
     for step in saved_steps(run_dir):
         folder = step_dir(run_dir, step)
@@ -143,19 +144,19 @@ def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
             if verify_checkpoint(folder) == step:
                 return folder, refused
             refused.append(f"{folder}: {MANIFEST_NAME} says another step; rename the folder back")
-        except PublishError as error:
+        except FileError as error:
             refused.append(str(error))
     return None, refused
 
 
 def latest_remark(run_dir: Path, chosen: Path | None) -> list[str]:
-    """A line when `latest` does not name the checkpoint that was chosen."""
+    """Return a log line when `latest` does not name the checkpoint that was chosen."""
     path = checkpoints_dir(run_dir) / LATEST_NAME
     if not os.path.lexists(path):
         return [] if chosen is None else [f"{path}: missing; {chosen.name} is the newest"]
     size = regular_size(path)
     if size is None or size > _MAX_LATEST_BYTES:
-        return [f"{path}: not a short text file; it is not gone by"]
+        return [f"{path}: not a short text file; it is ignored"]
     text = path.read_bytes().decode("ascii", "backslashreplace").strip()
     if chosen is not None and text == chosen.name:
         return []
@@ -164,21 +165,29 @@ def latest_remark(run_dir: Path, chosen: Path | None) -> list[str]:
 
 
 def write_latest(run_dir: Path, step: int) -> None:
-    """Replace the hint; whatever was in its place, unless that is a folder, is gone."""
+    """Replace `latest` atomically.
+
+    Raises:
+        FileError: a folder stands in its place.
+    """
     path = checkpoints_dir(run_dir) / LATEST_NAME
     if path.is_dir() and not path.is_symlink():
-        raise PublishError(f"{path}: is a folder, expected a file; remove it")
-    replace_text(path, f"step_{step}\n")
+        raise FileError(f"{path}: is a folder, expected a file; remove it")
+    replace(path, f"step_{step}\n")
 
 
 def make_room(run_dir: Path, step: int) -> tuple[bool, list[str]]:
-    """Whether step N is saved already; a folder in its place that does not verify is set aside."""
+    """Make room for a checkpoint: a folder in its place that does not verify is set aside.
+
+    Returns:
+        True if the step is saved already, and log lines about what was moved.
+    """
     folder = step_dir(run_dir, step)
     if not os.path.lexists(folder):
         return False, []
     try:
         verify_checkpoint(folder)
-    except PublishError as error:
+    except FileError as error:
         aside = folder.with_name(f"{folder.name}.damaged-{secrets.token_hex(4)}")
         os.rename(folder, aside)
         sync_folder(folder.parent)
@@ -194,8 +203,12 @@ def remove_old(run_dir: Path, newest: int, keep: int, also: Collection[int] = ()
     that none is ever half there under its name.
 
     Args:
-        newest: was just published, or has just been verified.
+        newest: a step that was just published or verified.
+        keep: how many of the newest checkpoints stay.
         also: steps that stay in any case.
+
+    Returns:
+        The steps that were removed.
     """
     past = [step for step in saved_steps(run_dir) if step <= newest]
     kept = [step for step in past if step == newest or _looks_whole(step_dir(run_dir, step))][:keep]
@@ -214,7 +227,7 @@ def remove_old(run_dir: Path, newest: int, keep: int, also: Collection[int] = ()
 def _looks_whole(folder: Path) -> bool:
     try:
         return verify_sizes(folder) is not None
-    except (PublishError, OSError):
+    except (FileError, OSError):
         return False
 
 
@@ -224,7 +237,8 @@ def remove_stale(run_dir: Path) -> None:
     if not folder.is_dir():
         return
     remove_leftovers(folder / "step_*")
-    beside = [path for name in (STATUS_NAME, BEST_NAME) for path in run_dir.glob(f"{name}.tmp-*")]
+    names = (STATUS_NAME, BEST_NAME, METRICS_NAME)
+    beside = [path for name in names for path in run_dir.glob(f"{name}.tmp-*")]
     for path in [*folder.glob(f"{LATEST_NAME}.tmp-*"), *beside]:
         if regular_size(path) is not None:
             path.unlink()

@@ -1,4 +1,4 @@
-"""What a run must have in common with the checkpoint that it goes on from.
+"""The identity of a run: what must equal that of the checkpoint that it resumes from.
 
 A checkpoint keeps the resolved configuration, the model's facts and a fingerprint of each teacher.
 Keys in `FREE` say where and how a run is executed, or how long, and may change between save and
@@ -16,7 +16,7 @@ from megatron_vopd.errors import ConfigError, Problem, shown
 from megatron_vopd.hf.facts import ModelFacts
 
 # Sections, and keys of sections, that may differ. Teachers are compared by their fingerprints, the
-# student by its facts, prompts by the stream's own fingerprint; a ladder may grow (curriculum.py).
+# student by its facts, prompts by their stream's fingerprint; a ladder may change (curriculum.py).
 FREE = {
     "run.name",
     "run.dir",
@@ -44,7 +44,7 @@ _FREE_OF_TEACHERS = ("path", "tp", "pp", "ep", "offload", "cache_dir")
 
 
 def settings_of(config: Config) -> dict[str, Any]:
-    """`section.key` -> value, as JSON values."""
+    """Return `section.key` -> value of a configuration, as JSON values."""
     flat: dict[str, Any] = {}
     for section, values in config.model_dump(mode="json").items():
         if section == "teachers":
@@ -59,8 +59,8 @@ def identity(config: Config, facts: ModelFacts, fingerprints: Mapping[str, str])
     """Return the JSON values that `require_same` compares.
 
     Args:
-        facts: of the student.
-        fingerprints: of the teachers' folders, by key.
+        facts: facts of the student.
+        fingerprints: hashes of the teachers' model folders, by key.
     """
     return {
         "config": settings_of(config),
@@ -73,6 +73,7 @@ def require_same(saved: Mapping[str, Any], current: Mapping[str, Any], where: st
     """Raise ConfigError with a line for every key in which the two differ.
 
     Args:
+        saved, current: what `identity` returned for the checkpoint's run, and for this one.
         where: the checkpoint, for the messages.
     """
     problems: list[Problem] = []

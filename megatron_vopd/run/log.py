@@ -32,8 +32,8 @@ class MetricsWriter:
         out: where to show; None: standard output.
 
     Raises:
-        UserError: wandb is asked for and not installed.
-        MetricsError: metrics.jsonl is damaged, or cannot be written.
+        UserError: wandb is asked for and not installed, or metrics.jsonl is damaged, in use, or
+            cannot be written.
     """
 
     def __init__(

@@ -27,10 +27,10 @@ from megatron_vopd.trainer.evaluation import best_of
 
 
 def train(run: Run) -> Reason:
-    """All steps that are left; then, or when a stop is requested, the state is saved.
+    """Make all steps that are left; after them, or when a stop is requested, save the state.
 
     Returns:
-        done, or preempted: then every whole step is in the last checkpoint.
+        "done", or "preempted": stopped, with every whole step in the last checkpoint.
     """
     section, trainer = run.config.checkpoint, run.trainer
     last = run.config.train.steps
@@ -52,9 +52,12 @@ def train(run: Run) -> Reason:
 
 
 def evaluate(run: Run) -> bool:
-    """Evaluate when it is due, and record it; whether that was the best of all steps so far.
+    """Evaluate when it is due, and record the result.
 
     A stop cuts an evaluation short; the next start makes it again.
+
+    Returns:
+        True if it is the best so far, and the student was trained before it.
     """
     evaluator, trainer = run.evaluator, run.trainer
     if evaluator is None or not evaluator.is_due(trainer.step) or _is_stopped(run):
@@ -79,11 +82,11 @@ def _is_stopped(run: Run) -> bool:
 
 
 def save(run: Run, has_time: bool = True) -> None:
-    """A checkpoint of the last whole step; exported as well where that is configured.
+    """Save a checkpoint of the last whole step; export it as well where that is configured.
 
     Args:
-        has_time: False: a launcher waits for this process to end, and will kill it; an export has
-            to wait for the next start.
+        has_time: False leaves the export to the next start: a launcher waits for this process to
+            end, and will kill it.
     """
     best = best_of(run.extra)
     folder = run.checkpoints.save(run.extra, keep_also=() if best is None else {best.step})
@@ -102,7 +105,7 @@ def save(run: Run, has_time: bool = True) -> None:
 
 
 def _remove_exports(run_dir: Path, newest: int) -> None:
-    """Exports go with the checkpoints of their steps."""
+    """Remove the exports of steps whose checkpoints were removed."""
     kept = saved_steps(run_dir)
     for path in (run_dir / "hf").iterdir():
         step = step_of(path.name)
@@ -112,7 +115,7 @@ def _remove_exports(run_dir: Path, newest: int) -> None:
 
 @dataclass
 class Ending:
-    """What `status.json` will say; filled by the block of `ending_noted` as it gets on."""
+    """The contents of the `status.json` to come; the block of `ending_noted` fills them in."""
 
     run_dir: Path
     run: Run | None = None
@@ -126,7 +129,7 @@ def ending_noted(run_dir: Path) -> Iterator[Ending]:
     try:
         yield ending
     except RunBusyError:
-        raise  # the status is that of the run that is going on
+        raise  # the status belongs to the run that holds the folder
     except BaseException as error:
         final = isinstance(error, (UserError, SkipLimitError, GradingError))
         ending.reason = "do not requeue" if final else "crash"
@@ -138,6 +141,7 @@ def ending_noted(run_dir: Path) -> Iterator[Ending]:
 
 
 def _note(ending: Ending, message: str) -> None:
+    """Write `status.json` on rank 0, with the first line of `message`."""
     if dist.get_rank() != 0:
         return
     steps = saved_steps(ending.run_dir)
@@ -149,6 +153,6 @@ def _note(ending: Ending, message: str) -> None:
     last_checkpoint = f"step_{steps[0]}" if steps else None
     requeue = ending.reason in ("preempted", "crash")
     line = message.strip().partition("\n")[0].encode("ascii", "backslashreplace").decode()[:500]
-    # Where nothing can be written, what ended the run is still told by the exception.
+    # Where nothing can be written, the exception still says what ended the run.
     with suppress(OSError, UserError):
         write_status(ending.run_dir, Status(ending.reason, made, last_checkpoint, requeue, line))

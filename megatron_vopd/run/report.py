@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import html
 import math
-import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vopd.errors import UserError
+from megatron_vopd.files.atomic_file import replace
 from megatron_vopd.files.metrics_file import METRICS_NAME, Recorded, read_metrics
 
 REPORT_NAME = "report.html"
@@ -236,10 +236,8 @@ def write_report(run_dir: Path) -> tuple[Path, Recorded]:
     try:
         config = run_dir / "config.yaml"
         text = config.read_text(encoding="utf-8", errors="replace") if config.is_file() else None
-        page = report_html(run_dir.resolve().name, recorded, text)
-        out, beside = run_dir / REPORT_NAME, run_dir / (REPORT_NAME + ".tmp")
-        beside.write_text(page, encoding="utf-8", errors="replace")
-        os.replace(beside, out)
     except OSError as error:
         raise UserError(f"{error.filename}: {error.strerror}; check the run folder") from None
+    out = run_dir / REPORT_NAME
+    replace(out, report_html(run_dir.resolve().name, recorded, text))
     return out, recorded

@@ -1,4 +1,4 @@
-"""A run that is ready to train, and where its steps are recorded."""
+"""A run that is ready to train, and the sink that records its steps."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ class Run:
     """A run that is ready to train. Close it on every rank.
 
     Attributes:
+        student_dir: HF folder that the student was loaded from.
+        engine: the engine of this rank; None: it has none.
         pusher: gives the engines weights; None: the run needs no engine.
+        resources: closes what was started.
         evaluator: None: the run is not evaluated.
+        writer: takes metrics and log lines, on rank 0 alone.
         extra: JSON values that are saved with each checkpoint and come back with a resume, the
             same on every rank; for what is not the trainer's, such as the best evaluation.
     """
@@ -44,14 +48,14 @@ class Run:
     checkpoints: RunCheckpoints = field(init=False)
 
     def say(self, text: str) -> None:
-        """A line for the reader, on the rank that has the terminal."""
+        """Print a log line, on the rank that has the terminal."""
         if self.writer is not None:
             self.writer.say(text)
         else:
             announce(text, self.config.logging.console)
 
     def progress(self, what: str) -> AbstractContextManager[Progress | None]:
-        """A bar for the reader, on the rank that has the terminal."""
+        """Show a progress bar while the context is open, on the rank that has the terminal."""
         return nullcontext() if self.writer is None else self.writer.progress(what)
 
     def close(self) -> None:
@@ -61,7 +65,7 @@ class Run:
 
 @dataclass(frozen=True)
 class MetricsSink:
-    """Steps go to the writer together with what the engine and the last push say of themselves."""
+    """A sink that records steps with the metrics of the last generation and the last push."""
 
     writer: MetricsWriter
     engine: Engine | None
@@ -80,7 +84,7 @@ class MetricsSink:
 
 
 def announce(text: str, is_shown: bool) -> None:
-    """Print a line of the start on rank 0, before there is a writer; the next may take minutes.
+    """Print a log line on rank 0 at once, before there is a writer: loading takes minutes.
 
     Args:
         is_shown: `logging.console`.

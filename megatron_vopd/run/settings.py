@@ -1,8 +1,9 @@
-"""Sections of the configuration -> what the packages below are made of; they read no section."""
+"""Settings of the packages below, made from the configuration, which they do not know."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from megatron_vopd.config.method import CurriculumSection, ObjectiveSection
@@ -17,7 +18,7 @@ from megatron_vopd.types import Prompt
 
 
 def build_curriculum(section: CurriculumSection) -> Curriculum:
-    """The curriculum that the configuration asks for."""
+    """Build the curriculum that a configuration asks for."""
     if section.kind == "fixed":
         return FixedLength(section.ladder)
     if section.kind == "linear":
@@ -31,42 +32,25 @@ def build_curriculum(section: CurriculumSection) -> Curriculum:
     )
 
 
-# (estimator, direction) -> key of objectives.OBJECTIVES. Other pairs are refused by config.rules.
-_OBJECTIVE_NAMES = {
-    ("sampled", "reverse"): "sampled",
-    ("exact", "reverse"): "reverse",
-    ("exact", "forward"): "forward",
-    ("exact", "mixed"): "mixed",
-    ("topk", "reverse"): "topk_reverse",
-    ("hard", "reverse"): "hard",
-}
-
-
-def objective_of(section: ObjectiveSection, temperature: float = 1.0) -> Objective:
-    """The objective that a configuration asks for.
+def objective_of(section: ObjectiveSection, temperature: float) -> Objective:
+    """Return the objective that a configuration asks for.
 
     Args:
-        temperature: of the rollouts, at which both models are compared.
+        temperature: that of the rollouts, at which both models are compared.
     """
-    settings = ObjectiveSettings(
-        baseline=section.baseline,
-        reverse_weight=section.reverse_weight,
-        importance=section.importance,
-        importance_cap=section.importance_cap,
-        entropy_gate=section.entropy_gate,
-        reward_floor=section.reward_floor,
-    )
-    name = _OBJECTIVE_NAMES[section.estimator, section.direction]
-    return Objective(name, settings, section.topk, temperature)
+    names = [field.name for field in fields(ObjectiveSettings)]
+    settings = ObjectiveSettings(**{name: getattr(section, name) for name in names})
+    return Objective(section.name, settings, section.topk, temperature)
 
 
 def step_settings(
-    config: Config, stop_ids: tuple[int, ...] = (), replay_dir: Path | None = None
+    config: Config, stop_ids: tuple[int, ...], replay_dir: Path | None
 ) -> StepSettings:
-    """Settings of a step from a whole configuration.
+    """Return the settings of a step from a whole configuration.
 
     Args:
         stop_ids: ids that end a response, from the models and `data.eos_contract`.
+        replay_dir: where batches of skipped steps are written; None: nowhere.
     """
     rollout, train = config.rollout, config.train
     return StepSettings(
@@ -100,10 +84,10 @@ def evaluator_of(
 
     Args:
         problems: task -> its problems.
-        collector: with a grader.
+        collector: one with a grader.
         stop_ids: ids that end a response.
-        seed: of the run.
-        num_steps: of the run.
+        seed: seed of the run.
+        num_steps: optimizer steps of the run.
     """
     sampling = Sampling(
         max_tokens=section.max_tokens,

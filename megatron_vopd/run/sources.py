@@ -21,14 +21,14 @@ from megatron_vopd.types import Rollout
 
 @dataclass(frozen=True)
 class Sources:
-    """What a run's responses come from.
+    """The data of a run.
 
     Attributes:
-        prompts: to be answered by an engine; with given responses alone, their prompts.
+        prompts: prompts for the engine; with given responses alone, their prompts.
         responses: stream of given responses; None: there are none.
-        given: all of them, in the order of the data.
+        given: all given responses, in the order of the data.
         problems: task -> its problems, when the run evaluates.
-        summary: lines for the reader.
+        summary: log lines.
     """
 
     prompts: TrainingPrompts
@@ -44,11 +44,11 @@ def load_sources(
     stop_ids: tuple[int, ...],
     models: Mapping[str, ModelFolder],
 ) -> Sources:
-    """Read what the objective's prefixes and the evaluation ask for.
+    """Read the data that the objective's prefixes and the evaluation ask for.
 
     Args:
         stop_ids: ids that end a response.
-        models: the student, and the teachers that score.
+        models: the student, and by its key each teacher that scores.
 
     Raises:
         DataError: naming the file and line.

@@ -1,7 +1,7 @@
-"""The start of a run on disk: what it goes on from, its folder, its configuration in it.
+"""The start of a run on disk: its folder, what it resumes from, its configuration.
 
-Nothing in the folder of an earlier run changes before that run's checkpoint was loaded: a start
-that is refused loses nothing.
+Configuration, metrics and checkpoints of an earlier start are not changed before its checkpoint was
+loaded: a start that is refused loses nothing.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def enter_folder(
     Args:
         resume: `checkpoint.resume`.
         needs_vllm: engines will be started on this machine.
-        seed: of the run.
+        seed: seed of the run, which Python's, numpy's and torch's random states start from.
         stack: holds the lock on the folder.
 
     Raises:
@@ -63,7 +63,7 @@ def enter_folder(
 
 
 def _require_vllm() -> None:
-    """Look for it before the models are loaded, which takes minutes."""
+    """Refuse a local engine without vLLM, before the models are loaded, which takes minutes."""
     if find_spec("vllm") is None:
         remedy = "install it (CPU: make engine), or set rollout.engine=server"
         raise refusal("rollout.engine", "local", "vLLM installed beside this package", remedy)
@@ -83,21 +83,21 @@ def _make_folder(run_dir: Path) -> None:
 
 
 def record_config(run_dir: Path, text: str) -> None:
-    """Put the resolved configuration into the folder; for one rank.
+    """Write the resolved configuration into the folder; for one rank.
 
     Args:
-        text: of `config.table.resolved_yaml`.
+        text: what `config.table.resolved_yaml` returned.
     """
     (run_dir / "config.yaml").write_text(_HEADER + text, encoding="utf-8")
 
 
 @dataclass(frozen=True)
 class Resume:
-    """What a start goes on from; `folder` None: from nothing.
+    """The checkpoint that a start resumes from; `folder` None: it begins with step 0.
 
     Attributes:
         step: steps made at that point.
-        remarks: lines for the reader about what was passed over.
+        remarks: log lines about what was passed over.
     """
 
     folder: Path | None
@@ -106,13 +106,13 @@ class Resume:
 
 
 def choose(run_dir: Path, resume: str) -> Resume:
-    """What `resume` (`auto`, `never`, or a checkpoint folder) means for this run folder.
+    """Return what `resume` (`auto`, `never`, a checkpoint folder) means for this run folder.
 
-    A folder of another run starts this one once; later starts go on from this run's own.
+    A checkpoint of another run starts this one once; later starts resume from this run's.
 
     Raises:
         UserError: steps were made here and no checkpoint of them verifies, or two runs would mix.
-        PublishError: the given folder is no checkpoint that verifies; the file is named.
+        FileError: the given folder is no checkpoint that verifies; the file is named.
     """
     remove_stale(run_dir)
     steps, has_metrics = saved_steps(run_dir), _has_step(run_dir / "metrics.jsonl")
@@ -144,7 +144,7 @@ def choose(run_dir: Path, resume: str) -> Resume:
 
 
 def _own_checkpoint(given: Path, steps: list[int]) -> Resume:
-    """A checkpoint of this very run, asked for by its path."""
+    """Return the start from a checkpoint of this very run, unless it has a newer one."""
     step = verify_checkpoint(given)
     newer = [other for other in steps if other > step]
     if newer:
@@ -156,7 +156,7 @@ def _own_checkpoint(given: Path, steps: list[int]) -> Resume:
 
 
 def _has_step(path: Path) -> bool:
-    """Whether a step was recorded; an evaluation before the first one, step 0, is none."""
+    """Return True if a step was recorded; an evaluation before the first one (step 0) is none."""
     try:
         with open(path, "rb") as file:
             line = file.readline()
@@ -173,7 +173,7 @@ START_SECONDS, MARGIN_SECONDS = 600.0, 300.0
 
 
 def longest_wait_seconds(deadline_seconds: float) -> float:
-    """Return after how long a rank that waits for the others says that one is gone.
+    """Return the seconds after which a rank that waits for the others reports one as gone.
 
     Args:
         deadline_seconds: `rollout.deadline_seconds`.
@@ -202,7 +202,7 @@ def resolved_layer_spec(asked: str, device: str) -> LayerSpec:
 
 
 def choose_resume(run_dir: Path, resume: str) -> Resume:
-    """Return what `choose` finds on rank 0, on every rank.
+    """Choose on rank 0 what to resume from; return it on every rank.
 
     Raises:
         UserError: on every rank.

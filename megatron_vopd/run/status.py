@@ -1,13 +1,13 @@
-"""How a run ended, as the exit status of the script that started it (rule R8).
+"""The end of a run, as the exit status of the script that started it (rule R8).
 
 torchrun says 1 whatever its ranks said, so a launch script asks the run's `status.json` instead::
 
     0    done
-    75   stopped and saved: start it again, and it goes on
+    75   stopped and saved: start it again, and it continues
     93   do not start it again: a mistake, or the run has given up
-    1    anything else: a crash, a killed process, no word at all
+    1    anything else: a crash, a killed process, no status at all
 
-The file of an earlier start must not speak for this one, so the script has it removed first.
+The file of an earlier start says nothing about this one, so the script has it removed first.
 """
 
 from __future__ import annotations
@@ -19,29 +19,31 @@ from typing import Literal
 
 from megatron_vopd.config import load_config
 from megatron_vopd.errors import UserError
-from megatron_vopd.files.atomic_file import (
-    replace_text,
-)
+from megatron_vopd.files.atomic_file import replace
 from megatron_vopd.run.folder import BEST_NAME, MAX_STATUS_BYTES, STATUS_NAME, hf_dir, step_dir
 
 DONE, CRASHED, PREEMPTED, FINAL = 0, 1, 75, 93
 _CODES = {"done": DONE, "preempted": PREEMPTED, "do not requeue": FINAL, "crash": CRASHED}
 _MEANINGS = {
     DONE: "done",
-    PREEMPTED: "stopped, nothing lost; the same command goes on from there",
+    PREEMPTED: "stopped, nothing lost; the same command continues from there",
     FINAL: "starting it again would not help",
-    CRASHED: "the same command goes on from the last checkpoint",
+    CRASHED: "the same command continues from the last checkpoint",
 }
 
 
 def run_dir_of(config_path: str, overrides: list[str]) -> Path:
-    """The run folder that a configuration names; raises ConfigError."""
+    """Return the run folder that a configuration names; raise ConfigError as `load_config` does."""
     run = load_config(config_path, overrides).run
     return Path(run.dir) / run.name
 
 
 def clear(run_dir: Path) -> None:
-    """Forget how an earlier process ended."""
+    """Remove the status of an earlier process.
+
+    Raises:
+        UserError: the file cannot be removed.
+    """
     try:
         (run_dir / STATUS_NAME).unlink(missing_ok=True)
     except OSError as error:
@@ -49,7 +51,7 @@ def clear(run_dir: Path) -> None:
 
 
 def exit_code(run_dir: Path) -> tuple[int, str]:
-    """The exit status that `status.json` stands for, and a line for the reader."""
+    """Return the exit status that `status.json` stands for, and a log line."""
     path = run_dir / STATUS_NAME
     try:
         with open(path, encoding="utf-8", errors="replace") as file:
@@ -71,13 +73,13 @@ Reason = Literal["done", "preempted", "do not requeue", "crash"]
 
 @dataclass(frozen=True)
 class Status:
-    """How a process ended (rule R8).
+    """The end of a process (rule R8).
 
     Attributes:
-        step: steps made, of which the last checkpoint may hold fewer.
+        step: optimizer steps made; the last checkpoint may be of an earlier one.
         last_checkpoint: its name in `checkpoints`; None: there is none.
-        requeue: whether starting again may help.
-        message: of the error, if any.
+        requeue: True if starting again may help.
+        message: the error in one line; empty: none.
     """
 
     reason: Reason
@@ -88,16 +90,16 @@ class Status:
 
 
 def write_status(run_dir: Path, status: Status) -> None:
-    """What the launch script reads after the ranks have ended."""
-    replace_text(run_dir / STATUS_NAME, json.dumps(asdict(status)) + "\n")
+    """Write `status.json`, which the launch script reads after the ranks have ended."""
+    replace(run_dir / STATUS_NAME, json.dumps(asdict(status)) + "\n")
 
 
 def write_best(run_dir: Path, metric: str, value: float, step: int) -> None:
-    """The best evaluation; its checkpoint and export are named by paths in the run folder."""
+    """Write `best.json`: the best evaluation, and its checkpoint and export in the run folder."""
     folders = {"checkpoint": step_dir(run_dir, step), "hf": hf_dir(run_dir, step)}
     found = {
         key: str(folder.relative_to(run_dir)) if folder.is_dir() else None
         for key, folder in folders.items()
     }
     best = {"metric": metric, "value": value, "step": step, **found}
-    replace_text(run_dir / BEST_NAME, json.dumps(best) + "\n")
+    replace(run_dir / BEST_NAME, json.dumps(best) + "\n")

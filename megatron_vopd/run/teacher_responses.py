@@ -19,6 +19,7 @@ from megatron_vopd.data.records import DataError, Record, read_records
 from megatron_vopd.data.stream import fingerprint as data_fingerprint
 from megatron_vopd.errors import EngineError, Problem, UserError
 from megatron_vopd.files.response_file import ResponseFile
+from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.hf.folder import ModelFolder, read_model_folder
 from megatron_vopd.hf.folder import fingerprint as model_fingerprint
 from megatron_vopd.hf.hub import local_model_folder
@@ -30,7 +31,6 @@ from megatron_vopd.types import Prompt, Rollout
 
 FORMAT = 1
 _WEEK_SECONDS = 604800.0
-_DTYPES = {"bf16": "bfloat16", "fp32": "float32"}
 
 
 @dataclass(frozen=True)
@@ -163,7 +163,7 @@ def make_engine(plan: Plan) -> Engine:
             plan.folder,
             log_path=f"{job.out}.engine.log",
             max_model_len=longest + job.max_tokens,
-            dtype=_DTYPES[job.dtype],
+            dtype=CONFIG_DTYPES[job.dtype].name,
             device=job.device,
             tp=job.tp,
             seed=job.seed,

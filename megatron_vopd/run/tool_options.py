@@ -9,14 +9,14 @@ import sys
 import warnings
 from collections.abc import Callable
 
-from megatron_vopd.errors import UserError
+from megatron_vopd.errors import MISTAKE, UserError
+from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.run.terminal import is_first_rank
 
-OK, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
 # A comparison that was made, and found that two models differ.
 DIFFERENT = 1
 # --dtype -> name of the data type; None: as stored.
-DTYPE_NAMES = {None: None, "fp32": "float32", "bf16": "bfloat16"}
+DTYPE_NAMES = {None: None} | {row.config: row.name for row in CONFIG_DTYPES.values()}
 
 
 def tool_parser(summary: str, examples: str) -> argparse.ArgumentParser:
@@ -31,7 +31,7 @@ def tool_parser(summary: str, examples: str) -> argparse.ArgumentParser:
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that both directions of a conversion take."""
     parser.add_argument(
-        "--dtype", choices=("fp32", "bf16"), help="type of the result (default: as stored)"
+        "--dtype", choices=tuple(CONFIG_DTYPES), help="type of the result (default: as stored)"
     )
     parser.add_argument(
         "--verify",

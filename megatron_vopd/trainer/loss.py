@@ -44,7 +44,7 @@ class RowLoss:
     def __init__(
         self, student: Student, teachers: Mapping[str, Teacher], objective: Objective
     ) -> None:
-        if not teachers and objective.name != "hard":
+        if not teachers and objective.row.needs_teacher:
             raise ValueError(f"objective {objective.name}: expected a teacher, got none")
         self._student, self._teachers, self._objective = student, teachers, objective
         self._no_teacher_shard = student_shard(student.facts, student.groups)
@@ -113,7 +113,7 @@ class RowLoss:
         self.operator_seconds += time.perf_counter() - started
         logprob_T = row.rollout_logprob_T
         logprob_T = None if logprob_T is None else logprob_T.to(output.device)
-        add_sums(self.sums, token_sums(objective.name, stats, objective.settings, logprob_T))
+        add_sums(self.sums, token_sums(objective, stats, logprob_T))
         add_sums(self.sums, {"loss/mean": loss_sum.detach().double()})
         num_tokens = torch.tensor(row.num_tokens, dtype=torch.int, device=output.device)
         return loss_sum, num_tokens, {}

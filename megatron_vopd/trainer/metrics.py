@@ -16,13 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_vopd.objectives import (
-    ObjectiveSettings,
-    importance_ratio,
-    mismatch_terms,
-    reward,
-    sampled,
-)
+from megatron_vopd.objectives import Objective, importance_ratio, mismatch_terms, reward
 from megatron_vopd.ops.fields import DistillStats
 from megatron_vopd.types import Rollout
 
@@ -44,35 +38,32 @@ SUMS = tuple(key for count, keys in GROUPS.items() for key in (count, *keys))
 
 
 def token_sums(
-    objective: str,
-    stats: DistillStats,
-    settings: ObjectiveSettings,
-    rollout_logprob_T: Tensor | None,
+    objective: Objective, stats: DistillStats, rollout_logprob_T: Tensor | None
 ) -> dict[str, Tensor]:
-    """Sums over the tokens of `stats`, 0-d fp64 on their device; zeros when there are none.
+    """Return sums over the tokens of `stats`, 0-d fp64 on their device; zeros without tokens.
 
     Args:
-        objective: key of `objectives.OBJECTIVES`. `sampled` adds its advantage; `hard` has no
-            teacher, and leaves out all that compares with one.
+        objective: one with an advantage adds it; one without a teacher leaves out all that compares
+            with a teacher.
         rollout_logprob_T: [T] log mu(a); NaN where no engine sampled the token, which then does not
             count in `mismatch/*`. None: no token was sampled by an engine.
     """
     terms: dict[str, Tensor] = {"entropy/student": stats.entropy_T}
     groups = ["num_tokens"]
-    if objective != "hard":
+    if objective.row.needs_teacher:
         terms |= _scored_terms(stats)
         groups.append("num_scored")
         if stats.topk_reverse_kl_T is not None:
             terms |= _topk_terms(stats)
             groups.append("num_topk")
-    if objective == "sampled":
-        terms |= _advantage_terms(stats, settings)
+    if objective.row.has_advantage:
+        terms |= _advantage_terms(objective, stats)
         groups.append("num_sampled")
     sums = {key: term.detach().double().sum() for key, term in terms.items()}
     count = torch.full_like(sums["entropy/student"], len(stats.entropy_T))
     sums |= dict.fromkeys(groups, count)
     if rollout_logprob_T is not None:
-        sums |= _mismatch_sums(objective, stats, settings, rollout_logprob_T)
+        sums |= _mismatch_sums(objective, stats, rollout_logprob_T)
     return sums
 
 
@@ -98,8 +89,8 @@ def _topk_terms(stats: DistillStats) -> dict[str, Tensor]:
     }
 
 
-def _advantage_terms(stats: DistillStats, settings: ObjectiveSettings) -> dict[str, Tensor]:
-    advantage_T = sampled(stats, settings).policy.double()
+def _advantage_terms(objective: Objective, stats: DistillStats) -> dict[str, Tensor]:
+    advantage_T = objective.row.coefficients(stats, objective.settings).policy.double()
     reward_T = reward(stats).double()
     return {
         "advantage": advantage_T,
@@ -110,12 +101,12 @@ def _advantage_terms(stats: DistillStats, settings: ObjectiveSettings) -> dict[s
 
 
 def _mismatch_sums(
-    objective: str, stats: DistillStats, settings: ObjectiveSettings, rollout_logprob_T: Tensor
+    objective: Objective, stats: DistillStats, rollout_logprob_T: Tensor
 ) -> dict[str, Tensor]:
-    """Sums over the tokens that an engine sampled; those of the weight for `sampled` only."""
+    """Return sums over the tokens that an engine sampled; of weights only where there are some."""
     known = ~rollout_logprob_T.isnan()
-    if objective == "sampled":
-        terms = mismatch_terms(stats, settings, rollout_logprob_T)
+    if objective.row.has_advantage:
+        terms = mismatch_terms(stats, objective.settings, rollout_logprob_T)
         groups = ["num_rollout", "num_weighted"]
     else:
         ratio = importance_ratio(stats, rollout_logprob_T)
@@ -160,7 +151,7 @@ def reduce_sums(sums: Mapping[str, Tensor], contributes: bool) -> dict[str, floa
 
 
 def derived(sums: Mapping[str, float]) -> dict[str, float]:
-    """Means, standard deviations and ratios of the world's sums (method.md section 8)."""
+    """Return means, deviations and ratios of the world's sums (docs/how/method.md section 8)."""
     means: dict[str, float] = {}
     for count, keys in GROUPS.items():
         if sums.get(count, 0) > 0:

@@ -1,8 +1,8 @@
-"""From the configuration to the numbers that a step is made of. Below, nothing reads config."""
+"""The numbers that a step is made of. run/settings fills them from a configuration."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_vopd.objectives import Objective
@@ -10,7 +10,7 @@ from megatron_vopd.objectives import Objective
 
 @dataclass(frozen=True)
 class StepSettings:
-    """What a step is made of.
+    """The numbers that a step is made of, none with a default: those are the configuration's.
 
     Attributes:
         objective: what is minimised.
@@ -29,19 +29,19 @@ class StepSettings:
 
     objective: Objective
     num_prompts: int
-    samples_per_prompt: int = 1
-    prefix_fractions: dict[str, float] = field(default_factory=lambda: {"student": 1.0})
-    temperature: float = 1.0
-    top_p: float = 1.0
-    stop_ids: tuple[int, ...] = ()
-    max_tokens_per_microbatch: int = 8192
-    max_staleness: int = 0
-    task_reward_weight: float = 0.0
-    spike_factor: float = 10.0
-    max_consecutive_skips: int = 5
-    deadline_seconds: float = 1800.0
-    seed: int = 0
-    replay_dir: Path | None = None
+    samples_per_prompt: int
+    prefix_fractions: dict[str, float]
+    temperature: float
+    top_p: float
+    stop_ids: tuple[int, ...]
+    max_tokens_per_microbatch: int
+    max_staleness: int
+    task_reward_weight: float
+    spike_factor: float
+    max_consecutive_skips: int
+    deadline_seconds: float
+    seed: int
+    replay_dir: Path | None
 
     @property
     def num_given(self) -> int:

@@ -45,7 +45,7 @@ def cached_score(
         device: of the collectives.
 
     Raises:
-        CacheError: on every rank, a torn file or a folder that cannot be written.
+        UserError: on every rank, a torn file or a folder that cannot be written.
     """
     keys = _keys(rollouts, caches)
     if not keys:

@@ -151,7 +151,14 @@ def check_linear(mode: str) -> list[str]:
     labels = torch.arange(48, device=DEVICE)
     group = dist.group.WORLD
     assert group is not None
-    settings = objectives.ObjectiveSettings()
+    settings = objectives.ObjectiveSettings(
+        baseline="none",
+        reverse_weight=0.2,
+        importance="none",
+        importance_cap=1.0,
+        entropy_gate=None,
+        reward_floor=None,
+    )
     loss, _ = linear_distill_loss(
         hidden,
         head,

@@ -18,11 +18,11 @@ import torch
 from megatron_vopd.megatron.groups import Groups
 from megatron_vopd.rollout.vllm.settings import LocalSettings
 from megatron_vopd.trainer.collector import RolloutCollector
-from megatron_vopd.trainer.settings import StepSettings
 from megatron_vopd.types import Layout, Prompt, Rollout
 from tests.support.layouts import Case, build
 from tests.support.scoring import score
 from tests.support.servers import with_plugin
+from tests.support.settings import step_settings
 from tests.support.steps import objective
 from tests.support.tiny_models import TinyModel
 from tests.support.training import Microbatch, forward_backward, wrap
@@ -82,7 +82,7 @@ def make_prompts(number: int, longest: int = 60, seed: int = 0) -> list[Prompt]:
 
 def make_collector(groups: Groups, engine: Any, push: Any = None) -> RolloutCollector:
     """The collector of a run, for `sample` with prompts of the caller's."""
-    settings = StepSettings(objective("vopd_full"), 1)
+    settings = step_settings(objective=objective("vopd_full"), num_prompts=1)
     return RolloutCollector(groups, engine, None, settings, VOCAB, "cpu", push=push)
 
 

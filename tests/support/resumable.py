@@ -20,11 +20,11 @@ from megatron_vopd.megatron.student import Student
 from megatron_vopd.megatron.weights import export_tensors
 from megatron_vopd.run.checkpoints import RunCheckpoints
 from megatron_vopd.trainer.collector import RolloutCollector
-from megatron_vopd.trainer.settings import StepSettings
 from megatron_vopd.trainer.trainer import Trainer
 from megatron_vopd.types import Prompt
 from tests.support.layouts import destroy_groups
 from tests.support.scripted import ScriptedEngine
+from tests.support.settings import step_settings
 from tests.support.steps import Setup, objective
 
 VOCAB = 61
@@ -63,8 +63,8 @@ def make(
     engine = engine or ScriptedEngine(VOCAB)
     engine.update_weights([], 0)
     own = engine if groups.is_leader else None
-    settings = StepSettings(
-        objective("vopd_full"),
+    settings = step_settings(
+        objective=objective("vopd_full"),
         num_prompts=3,
         samples_per_prompt=2,
         max_tokens_per_microbatch=64,

@@ -16,13 +16,13 @@ from megatron_vopd.megatron.model import ModelOptions
 from megatron_vopd.megatron.student import Student, load_student
 from megatron_vopd.megatron.teacher import Teacher
 from megatron_vopd.megatron.weights import export_tensors
-from megatron_vopd.objectives import Objective, ObjectiveSettings
+from megatron_vopd.objectives import Objective
 from megatron_vopd.trainer.exchange import Graded
-from megatron_vopd.trainer.settings import StepSettings
 from megatron_vopd.trainer.trainer import Trainer
 from megatron_vopd.types import Layout, Prompt, Rollout
 from tests.support.layouts import Case
 from tests.support.reference_step import CAP, GATE, REVERSE_WEIGHT, Adam
+from tests.support.settings import objective_named, step_settings
 
 # Name in reference_step -> (key of OBJECTIVES, changes to its settings).
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -44,8 +44,8 @@ TOPK = 7
 def objective(kind: str, chunk: int = 16) -> Objective:
     """The package's objective of that name; chunks are small, so that a row has several."""
     name, changes = KINDS[kind]
-    settings = ObjectiveSettings(importance_cap=CAP, **changes)
-    return Objective(name, settings, TOPK if "topk" in kind else 0, chunk=chunk)
+    topk = TOPK if "topk" in kind else 0
+    return replace(objective_named(name, topk, importance_cap=CAP, **changes), chunk=chunk)
 
 
 def make_rollouts(
@@ -193,7 +193,11 @@ def make_trainer(
     **changes: Any,
 ) -> Any:
     """A trainer that goes through `steps`."""
-    settings = StepSettings(objective(kind), len(steps[0]), max_tokens_per_microbatch=max_tokens)
+    settings = step_settings(
+        objective=objective(kind),
+        num_prompts=len(steps[0]),
+        max_tokens_per_microbatch=max_tokens,
+    )
     collector: Any = GivenRollouts(steps, grades)
     return make(student, teachers, collector, FixedLength(), replace(settings, **changes))
 

@@ -10,7 +10,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_vopd import objectives
-from megatron_vopd.objectives import ObjectiveSettings
 from megatron_vopd.ops.autograd import STATISTICS
 from megatron_vopd.vocab_parallel import (
     VocabShard,
@@ -18,6 +17,7 @@ from megatron_vopd.vocab_parallel import (
     linear_distill_loss,
     linear_distill_stats,
 )
+from tests.support.settings import objective_settings
 
 COLLECTIVES = ("all_gather_into_tensor", "all_gather", "all_reduce", "reduce_scatter_tensor")
 DIFFERENTIABLE = ("student_logprob_T", "reverse_kl_T", "forward_kl_T", "entropy_T")
@@ -105,7 +105,7 @@ def linear_inputs(dtype: torch.dtype, vocab_size: int = 203, num_tokens: int = 2
 
 def objective(name: str, rollout_logprob_T: torch.Tensor | None = None) -> Any:
     """coefficients_fn of one row of the objectives, with per-token data sliced by the chunk."""
-    settings = ObjectiveSettings(entropy_gate=4.0)
+    settings = objective_settings(entropy_gate=4.0)
 
     def coefficients_fn(stats: Any) -> Any:
         mu = None if rollout_logprob_T is None else rollout_logprob_T[stats.tokens]

@@ -1,4 +1,4 @@
-"""Scripted traces of the length curricula: when they advance, hold, and go on after a restart."""
+"""Scripted traces of the length curricula: when they advance, hold, and resume after a restart."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def trace(curriculum: Curriculum, entropies: Iterable[float], first_step: int = 
         ({"min_entropy": 2.0, "min_entropy_fraction": 0.5}, [1.2, 1.9, 2.0], [128, 128, 256]),
         # Smoothing 0.9 * past + 0.1 * now within a stage: 1, 0.94 hold, 0.956 advances ...
         ({"min_entropy": 0.95, "ema": 0.9}, [0.94, 0.94, 1.1], [128, 128, 256]),
-        # ... and starts anew at each rung: a carried-over 1.99 would pass 0.9 on, and must not.
+        # ... and restarts at each rung: a carried-over 1.99 would pass 0.9 on, and must not.
         ({"min_entropy": 0.95, "ema": 0.9}, [2.0, 0.9, 0.9, 2.0], [256, 256, 256, 512]),
     ],
 )
@@ -80,14 +80,14 @@ def test_metrics_say_what_was_compared() -> None:
     }
 
 
-def test_the_reader_is_told_what_was_compared_and_what_follows() -> None:
+def test_remarks_say_what_was_compared_and_what_follows() -> None:
     gate = EntropyGatedLength((8, 16), interval=10, ema=0.5)
     assert gate.remark == ""
-    told = []
+    remarks = []
     for step, entropy in ((4, 1.0), (10, 0.2), (20, 0.8), (30, 0.9)):
         gate.update(step, entropy)
-        told.append(gate.remark)
-    assert told == [
+        remarks.append(gate.remark)
+    assert remarks == [
         "curriculum after step 4: entropy 1.0000 (measured 1.0000, smoothed) >= 0.5000 nats "
         "(0.5 of the first): holds at 8 tokens (rung 1 of 2), until its interval is over",
         "curriculum after step 10: entropy 0.6000 (measured 0.2000, smoothed) >= 0.5000 nats "
@@ -139,7 +139,7 @@ def test_a_restart_anywhere_changes_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("ladder", "length", "next_length", "told"),
+    ("ladder", "length", "next_length", "remark"),
     [
         (LADDER, 256, 512, None),
         # Shorter at the end.
@@ -152,8 +152,8 @@ def test_a_restart_anywhere_changes_nothing(kind: str) -> None:
         ((128, 256), 256, 256, "responses stay at 256 tokens (rung 2 of 2)"),
     ],
 )
-def test_a_changed_ladder_keeps_the_length_and_is_told(
-    ladder: tuple[int, ...], length: int, next_length: int, told: str | None
+def test_a_changed_ladder_keeps_the_length_and_is_reported(
+    ladder: tuple[int, ...], length: int, next_length: int, remark: str | None
 ) -> None:
     before = EntropyGatedLength(LADDER, min_entropy=0.5, interval=10, ema=0.9)
     before.update(10, 1.0)
@@ -161,7 +161,7 @@ def test_a_changed_ladder_keeps_the_length_and_is_told(
     after = EntropyGatedLength(ladder, min_entropy=0.5, interval=10, ema=0.9)
     after.load_state_dict(before.state_dict())
     start = f"curriculum: the ladder was {list(LADDER)} and is {list(ladder)}; "
-    assert after.remark.startswith(start) and told in after.remark if told else not after.remark
+    assert after.remark.startswith(start) and remark in after.remark if remark else not after.remark
     linear = LinearLength(ladder, 10)
     linear.load_state_dict(before.state_dict())
     assert linear.remark == after.remark

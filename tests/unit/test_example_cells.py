@@ -44,7 +44,7 @@ def test_it_is_a_sound_configuration(
         path.touch()
     monkeypatch.chdir(tmp_path)
     config = load_config(CELLS / f"{name}.yaml", [])
-    objective = objective_of(config.objective)
+    objective = objective_of(config.objective, 1.0)
     assert (config.objective.prefix, objective.name) == EXPECTED[name]
     assert config.run.name == name
     if name == "mixed":

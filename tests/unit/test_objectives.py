@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 
 from megatron_vopd import objectives
-from megatron_vopd.objectives import BASELINES, OBJECTIVES, ObjectiveSettings, advantages
+from megatron_vopd.config.method import ESTIMATORS, TOPK_BASELINES
+from megatron_vopd.objectives import BASELINES, OBJECTIVES, advantages
 from megatron_vopd.ops import autograd, native, reference
+from tests.support.settings import objective_settings
 
 CPU = torch.device("cpu")
 K = 5
@@ -137,7 +140,7 @@ def test_topk_edges_one_is_zero_and_all_is_full():
 
 
 def closed_form(name, student, teacher, action):
-    """The loss of method.md section 2 for one action, by plain torch."""
+    """The loss of docs/how/method.md section 2 for one action, by plain torch."""
     log_q = teacher.log_softmax(0)
     ids = student.topk(K).indices
 
@@ -162,7 +165,7 @@ def closed_form(name, student, teacher, action):
 def test_objective_loss_and_gradient_are_their_closed_forms(name):
     for student, teacher in contexts(4, 13, seed=7):
         stats, leaf = every_action(student, teacher)
-        weights = objectives.coefficients(name, stats, ObjectiveSettings())
+        weights = objectives.coefficients(name, stats, objective_settings())
         merged = autograd.merged_stats(
             leaf.detach(), teacher.expand(13, -1), torch.arange(13), problem(13)
         )
@@ -198,7 +201,7 @@ def test_importance_weights_scale_the_whole_centred_advantage(mode, expected):
     stats, _ = every_action(student, teacher, topk=2)
     ratio = torch.tensor([0.25, 1.0, 4.0], dtype=torch.float64)
     rollout = stats.student_logprob_T.detach() - ratio.log()
-    settings = ObjectiveSettings(importance=mode)
+    settings = objective_settings(importance=mode)
     weighted = objectives.coefficients("sampled", stats, settings, rollout).policy
     weight = torch.tensor(expected, dtype=torch.float64)
     assert_exact(weighted, weight * advantages["full"](stats))
@@ -211,7 +214,7 @@ def test_logged_residual_bounds_the_exact_bias_of_a_truncated_weight():
     for student, teacher in contexts(20, 9, seed=10):
         stats, _ = every_action(student, teacher)
         mu = (student + torch.randn(9, generator=torch.Generator().manual_seed(3))).softmax(0)
-        settings = ObjectiveSettings(importance_cap=1.2)
+        settings = objective_settings(importance_cap=1.2)
         terms = objectives.mismatch_terms(stats, settings, mu.log())
         p, baseline = student.softmax(0), float(BASELINES["full"](stats)[0].detach())
         weight = (p / mu).clamp(max=1.2)
@@ -228,7 +231,7 @@ def test_entropy_gate_adds_the_forward_kl_where_the_teacher_is_unsure():
         student, teacher, torch.zeros(2, dtype=torch.long), problem(4, 2)
     )
     stats = autograd.DistillStats(*columns, tokens=slice(0, 2))
-    gated = objectives.coefficients("reverse", stats, ObjectiveSettings(entropy_gate=0.8))
+    gated = objectives.coefficients("reverse", stats, objective_settings(entropy_gate=0.8))
     assert gated.forward.tolist() == [1.0, 0.0] and gated.reverse.tolist() == [1.0, 1.0]
 
 
@@ -237,7 +240,7 @@ def test_reward_floor_and_task_reward_enter_the_advantage():
     teacher = teacher.index_fill(0, torch.tensor([0]), -50.0)
     stats, _ = every_action(student, teacher)
     floored = objectives.coefficients(
-        "sampled", stats, ObjectiveSettings(baseline="none", reward_floor=0.5), None, torch.ones(5)
+        "sampled", stats, objective_settings(baseline="none", reward_floor=0.5), None, torch.ones(5)
     )
     assert floored.policy[0] == pytest.approx(2 * torch.log(torch.tensor(0.5)).item() + 1)
     assert torch.equal(floored.policy[1:], objectives.reward(stats)[1:] + 1)
@@ -256,16 +259,45 @@ def test_reward_floor_and_task_reward_enter_the_advantage():
 )
 def test_bad_settings_name_the_setting(bad):
     with pytest.raises(ValueError, match="|".join(bad)):
-        ObjectiveSettings(**bad)
+        objective_settings(**bad)
 
 
-def test_topk_objectives_refuse_statistics_without_a_topk():
+def refuses(action):
+    try:
+        action()
+    except ValueError as error:
+        return "topk" in str(error)
+    return False
+
+
+def test_topk_objectives_and_baselines_refuse_statistics_without_a_topk():
     student, teacher = next(iter(contexts(1, 5, seed=12)))
     stats, _ = every_action(student, teacher, topk=0)
-    with pytest.raises(ValueError, match="topk"):
-        objectives.coefficients("topk_reverse", stats, ObjectiveSettings())
-    with pytest.raises(ValueError, match="objective"):
-        objectives.coefficients("jsd", stats, ObjectiveSettings())
+    needy = [n for row in ESTIMATORS.values() if row.needs_topk for n in row.objectives.values()]
+    for name in OBJECTIVES:
+        run = partial(objectives.coefficients, name, stats, objective_settings())
+        assert refuses(run) == (name in needy), name
+    for name, advantage in advantages.items():
+        assert refuses(partial(advantage, stats)) == (name in TOPK_BASELINES), name
+    assert needy and TOPK_BASELINES
+
+
+def test_an_unknown_objective_is_refused_by_name():
+    student, teacher = next(iter(contexts(1, 5, seed=12)))
+    stats, _ = every_action(student, teacher)
+    with pytest.raises(ValueError, match=r"objective: expected one of .*, got 'jsd'"):
+        objectives.coefficients("jsd", stats, objective_settings())
+
+
+def test_only_an_advantage_is_weighted_and_rewarded():
+    student, teacher = next(iter(contexts(1, 5, seed=14)))
+    stats, _ = every_action(student, teacher)
+    rollout = stats.student_logprob_T.detach() - 0.3
+    for name, row in OBJECTIVES.items():
+        plain = objectives.coefficients(name, stats, objective_settings())
+        given = objectives.coefficients(name, stats, objective_settings(), rollout, torch.ones(5))
+        expected = (plain.policy + 1) * torch.tensor(0.3, dtype=torch.float64).exp()
+        assert_exact(given.policy, expected if row.has_advantage else plain.policy)
 
 
 def test_statistics_are_those_of_the_definition_and_variance_is_the_rewards():

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_vopd.checkpoint.chunks import CheckpointError
 from megatron_vopd.checkpoint.sharded import (
     HF_DIR,
     CheckpointReader,
@@ -24,10 +23,11 @@ from megatron_vopd.checkpoint.sharded import (
     shards,
     with_values,
 )
+from megatron_vopd.files.atomic_file import FileError
+from megatron_vopd.hf.dtypes import DTYPES
 from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.hf.mapping import Piece, Unit, hf_shape, shard_parameters
 from megatron_vopd.hf.source import read_text_part, require_finite
-from megatron_vopd.hf.tensors import DTYPES
 from megatron_vopd.megatron.groups import Groups
 from megatron_vopd.megatron.model import ModelOptions, build_model
 
@@ -57,7 +57,7 @@ class CheckpointModel:
     Args:
         text_dir: folder of config and tokenizer; None: the one that the checkpoint carries.
         skip_objects: leave what a stock checkpoint pickles unread, instead of refusing it.
-        hashed: files whose sha256 was just verified.
+        hashed: files whose hash was just verified.
     """
 
     def __init__(
@@ -70,18 +70,19 @@ class CheckpointModel:
     ) -> None:
         self.folder = ckpt_dir
         if not ckpt_dir.is_dir():
-            raise CheckpointError(f"{ckpt_dir}: no such folder; give a checkpoint folder")
+            raise FileError(f"{ckpt_dir}: no such folder; give a checkpoint folder")
         self._reader = CheckpointReader(ckpt_dir, skip_objects, hashed)
         self.text_dir = text_dir or ckpt_dir / HF_DIR
         if not self.text_dir.is_dir():
-            raise CheckpointError(
+            raise FileError(
                 f"{self.text_dir}: not found; give the model's config and tokenizer with "
                 "--hf-config"
             )
         self.hf_config, self.facts, self.carried = read_text_part(self.text_dir)
         self._check_state(read_state(ckpt_dir))
         embedding = self._reader.tensors.get("embedding.word_embeddings.weight")
-        self.dtype = DTYPES.get(embedding.dtype if embedding else "float32", torch.float32)
+        single = DTYPES["float32"]
+        self.dtype = (DTYPES.get(embedding.dtype, single) if embedding else single).torch_dtype
         assert groups.layout.tp == groups.layout.pp == groups.layout.ep == 1
         self.entries = meta_entries(self.hf_config, self.facts, groups, self.dtype)
         wanted = [shard for entry in self.entries.values() for shard in shards(entry)]
@@ -101,7 +102,7 @@ class CheckpointModel:
         """Weights of ours know the model that they belong to."""
         for key, value in (state.get("model") or {}).items():
             if getattr(self.facts, key, None) != value:
-                raise CheckpointError(
+                raise FileError(
                     f"{self.text_dir / 'config.json'}: {key}={getattr(self.facts, key, None)}, but "
                     f"the checkpoint was written with {value}; restore the config"
                 )
@@ -110,7 +111,7 @@ class CheckpointModel:
         for key in ("embedding.word_embeddings.weight", "output_layer.weight"):
             stored = self._reader.tensors.get(key)
             if stored and stored.shape[0] < self.facts.vocab_size:
-                raise CheckpointError(
+                raise FileError(
                     f"{self.folder / '.metadata'}: {key} has {stored.shape[0]} rows; config.json "
                     f"asks for vocab_size {self.facts.vocab_size}"
                 )

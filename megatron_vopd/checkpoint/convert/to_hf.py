@@ -7,14 +7,13 @@ than one unit of the mapping is ever in memory. Under torchrun the ranks share t
 
 from __future__ import annotations
 
-import json
-import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from megatron_vopd.checkpoint.convert.model import CheckpointModel
 from megatron_vopd.checkpoint.staging import (
@@ -25,17 +24,17 @@ from megatron_vopd.checkpoint.staging import (
     publish_staging,
 )
 from megatron_vopd.collectives import all_ranks, rank_0
-from megatron_vopd.files.atomic_folder import FileRecord, HashCheck, Staging, verify_sizes
-from megatron_vopd.hf.facts import ModelFacts
+from megatron_vopd.files.atomic_folder import FileRecord, verify_hashes, verify_sizes
+from megatron_vopd.hf.dtypes import DTYPES
 from megatron_vopd.hf.source import ModelSource, carried_content, require_finite, require_same_bits
-from megatron_vopd.hf.tensors import (
-    DTYPES,
-    INDEX_NAME,
-    SafetensorsFolder,
-    as_bytes,
-    dtype_name,
+from megatron_vopd.hf.tensors import SafetensorsFolder, dtype_name
+from megatron_vopd.hf.writer import (
+    MAX_FILE_BYTES,
+    FilePlan,
+    finish_folder,
+    plan_files,
+    write_files,
 )
-from megatron_vopd.hf.writer import MAX_FILE_BYTES, FilePlan, header_bytes, plan_files
 from megatron_vopd.megatron.groups import Groups
 
 
@@ -63,83 +62,59 @@ def megatron_to_hf(
     Raises:
         UserError: one line; no folder is left.
     """
-    total_stored = sum(path.stat().st_size for path in ckpt_dir.glob("*.distcp"))
-    advance = progress("checking hashes", total_stored)
     records = rank_0(_hashed_files, ckpt_dir)
+    shared_out = slice(dist.get_rank(), None, dist.get_world_size())
+    advance = progress("checking hashes", sum(record.size for record in records[shared_out]))
+    all_ranks(verify_hashes, ckpt_dir, records[shared_out], advance)
     hashed = frozenset(record.name for record in records)
     with ExitStack() as stack:
-        # Beside everything else from here on: it takes a third of the whole time.
-        checked = records if dist.get_rank() == 0 else ()
-        hash_check = stack.enter_context(HashCheck(ckpt_dir, checked, advance))
         model = all_ranks(CheckpointModel, ckpt_dir, groups, text_dir, skip_objects, hashed)
         stack.enter_context(model)
-        final = DTYPES[dtype] if dtype else model.dtype
+        final = DTYPES[dtype].torch_dtype if dtype else model.dtype
         files = plan_files(model.facts, final.itemsize, max_file_bytes)
-        sizes = {file.name: _num_bytes(file, model.facts, final) for file in files}
-        mine = files[dist.get_rank() :: dist.get_world_size()]
-        my_bytes = sum(sizes[file.name] for file in mine)
-        staging = begin_staging(stack, out_dir, ckpt_dir, sum(sizes.values()))
+        total = sum(file.num_bytes(model.facts, final) for file in files)
+        mine = files[shared_out]
+        my_bytes = sum(file.num_bytes(model.facts, final) for file in mine)
+        staging = begin_staging(stack, out_dir, ckpt_dir, total)
         advance = progress("writing", my_bytes)
-        all_ranks(_write_files, staging, model, mine, final, advance)
-        rank_0(_finish_folder, staging, model, files, final, dtype)
+        tensors = (pair for plan in mine for pair in _converted(model, plan, final))
+        all_ranks(write_files, staging, mine, model.facts, final, tensors, advance)
+        rank_0(
+            lambda: finish_folder(staging, files, model.facts, final, _text(model, final, dtype))
+        )
         if verify:
             advance = progress("verifying", my_bytes)
             all_ranks(_verify_files, staging.path, model, mine, final, advance)
-        all_ranks(hash_check.require)
         num_files = publish_staging(staging, out_dir, {"kind": "huggingface model"})
     num_tensors = sum(len(file.shapes(model.facts)) for file in files)
-    return Summary(out_dir, num_tensors, sum(sizes.values()), num_files, dtype_name(final))
+    return Summary(out_dir, num_tensors, total, num_files, dtype_name(final))
 
 
 def _hashed_files(ckpt_dir: Path) -> list[FileRecord]:
-    """What the checkpoint's manifest lists, sizes checked; nothing without one."""
+    """Return what the checkpoint's manifest lists, sizes checked; nothing without one."""
     manifest = verify_sizes(ckpt_dir) if ckpt_dir.is_dir() else None
     return manifest["files"] if manifest else []
 
 
-def _num_bytes(file: FilePlan, facts: ModelFacts, dtype: torch.dtype) -> int:
-    return sum(math.prod(shape) for shape in file.shapes(facts).values()) * dtype.itemsize
+def _converted(
+    model: CheckpointModel, plan: FilePlan, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of one file, finite in `dtype`."""
+    for unit in plan.units:
+        for name, tensor in model.unit_tensors(unit):
+            if tensor.dtype != dtype:
+                tensor = tensor.to(dtype)
+                require_finite(tensor, f"{model.folder}: {name} as {dtype_name(dtype)}")
+            yield name, tensor
 
 
-def _write_files(
-    staging: Staging,
-    model: CheckpointModel,
-    files: list[FilePlan],
-    dtype: torch.dtype,
-    advance: Callable[[int], None],
-) -> None:
-    for plan in files:
-        shapes = plan.shapes(model.facts)
-        with staging.create(plan.name) as out:
-            out.write(header_bytes(shapes, dtype))
-            order = iter(shapes)
-            for unit in plan.units:
-                for name, tensor in model.unit_tensors(unit):
-                    assert name == next(order)
-                    if tensor.dtype != dtype:
-                        tensor = tensor.to(dtype)
-                        require_finite(tensor, f"{model.folder}: {name} as {dtype_name(dtype)}")
-                    out.write(as_bytes(tensor).numpy())
-                    out.hold(tensor)
-                    advance(tensor.nbytes)
-
-
-def _finish_folder(
-    staging: Staging,
-    model: CheckpointModel,
-    files: list[FilePlan],
-    final: torch.dtype,
-    dtype: str | None,
-) -> None:
-    """Index where there are several files, config, tokenizer, generation config."""
-    if len(files) > 1:
-        placed = {name: file.name for file in files for name in file.shapes(model.facts)}
-        total = sum(_num_bytes(file, model.facts, final) for file in files)
-        index = {"metadata": {"total_size": total}, "weight_map": placed}
-        staging.write(INDEX_NAME, (json.dumps(index, indent=2) + "\n").encode("ascii"))
+def _text(
+    model: CheckpointModel, final: torch.dtype, dtype: str | None
+) -> Iterator[tuple[str, bytes]]:
+    """Yield config, tokenizer and generation config, as the checkpoint carries them."""
     text = ModelSource(model.text_dir, model.hf_config, model.facts, model.carried, final)
     for name in model.carried:
-        staging.write(name, carried_content(text, name, dtype))
+        yield name, carried_content(text, name, dtype)
 
 
 def _verify_files(
@@ -151,8 +126,7 @@ def _verify_files(
 ) -> None:
     with SafetensorsFolder(folder) as written:
         for plan in files:
-            for unit in plan.units:
-                for name, tensor in model.unit_tensors(unit):
-                    got = written.slices(name)[:]
-                    require_same_bits(tensor.to(dtype), got, f"{folder / plan.name}: {name}")
-                    advance(got.nbytes)
+            for name, tensor in _converted(model, plan, dtype):
+                got = written.slices(name)[:]
+                require_same_bits(tensor, got, f"{folder / plan.name}: {name}")
+                advance(got.nbytes)

@@ -10,7 +10,7 @@ import pytest
 
 from megatron_vopd.checkpoint import export as student_export
 from megatron_vopd.errors import UserError
-from megatron_vopd.files.atomic_file import PublishError
+from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.files.atomic_folder import Staging
 from megatron_vopd.hf.tensors import SafetensorsFolder
 from megatron_vopd.megatron.model import ModelOptions
@@ -32,7 +32,7 @@ def _export(model_dir: str, root: Path) -> tuple[str, bool]:
 
     def full(self: Staging, name: str) -> Any:
         if name.startswith("model-00002"):
-            raise PublishError(f"{name}: No space left on device; nothing was published")
+            raise FileError(f"{name}: No space left on device; nothing was published")
         return create(self, name)
 
     Staging.create = full

@@ -157,7 +157,7 @@ def _hops(setup: Setup, root: Path, dtype: torch.dtype) -> list[dict[str, str]]:
             _trained(made, 3)
         else:
             made.checkpoints.load(folder)
-            # Random states belong to a layout; the reader is told that they start anew.
+            # Random states belong to a layout; a log line says that they start from the seed.
             assert bool(made.said) == (layout != last)
         last = layout
         states.append(whole_state(made))

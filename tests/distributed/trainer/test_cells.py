@@ -25,6 +25,7 @@ from tests.support.harness import spawn
 from tests.support.layouts import enter
 from tests.support.reference_step import reference_step
 from tests.support.scripted import ScriptedEngine
+from tests.support.settings import step_settings
 from tests.support.steps import FixedLength, RecordingTrainer, Setup, make_rollouts, worst_error
 from tests.support.tiny_models import TinyModel
 
@@ -93,9 +94,9 @@ def _gradients(setup: Setup, cells: list[Cell]) -> list[tuple[list[Rollout], flo
     for cell in cells:
         student = setup.student(groups)
         teachers = teachers or setup.teachers(student)
-        settings = StepSettings(
-            replace(objective_of(cell.section), chunk=16),
-            NUM_PROMPTS,
+        settings = step_settings(
+            objective=replace(objective_of(cell.section, temperature=1.0), chunk=16),
+            num_prompts=NUM_PROMPTS,
             prefix_fractions=cell.section.prefix_fractions,
             stop_ids=(VOCAB - 1, 3, 4, 5, 6, 7, 8, 9, 10, 11),
             max_tokens_per_microbatch=64,

@@ -13,18 +13,16 @@ import pytest
 from megatron_vopd.data.stream import PromptStream
 from megatron_vopd.errors import EngineError, UserError
 from megatron_vopd.megatron.groups import Groups, init_world, student_groups
-from megatron_vopd.objectives import Objective, ObjectiveSettings
 from megatron_vopd.rollout.engine import Sampling, step_seed
 from megatron_vopd.trainer.collector import RolloutCollector
-from megatron_vopd.trainer.settings import StepSettings
 from megatron_vopd.types import Layout, Prompt, Rollout
 from tests.support.harness import spawn
 from tests.support.scripted import ScriptedEngine
+from tests.support.settings import step_settings
 
 VOCAB = 50
 LAYOUT = Layout(4, tp=2)
 PROMPTS = [Prompt(f"p{i}", (i, i + 1), str(i)) for i in range(11)]
-OBJECTIVE = Objective("sampled", ObjectiveSettings())
 
 
 def _engine(faults: Any = None) -> ScriptedEngine:
@@ -54,7 +52,7 @@ def _collector(
     push: Any = None,
     **changes: Any,
 ) -> RolloutCollector:
-    settings = StepSettings(OBJECTIVE, **{"num_prompts": 5, "samples_per_prompt": 2, **changes})
+    settings = step_settings(**{"num_prompts": 5, "samples_per_prompt": 2, **changes})
     groups = _groups()
     own = engine if groups.is_leader else None
     stream = PromptStream(PROMPTS, seed=1)
@@ -176,7 +174,7 @@ def _mixed() -> Any:
     collector = _collector(_engine(), _Given(), prefix_fractions=shares, samples_per_prompt=1)
     collected = collector.take(0, 7, 0)
     given: Any = _Given()
-    settings = StepSettings(OBJECTIVE, 5, 1, {"dataset": 1.0}, max_staleness=1)
+    settings = step_settings(num_prompts=5, prefix_fractions={"dataset": 1.0}, max_staleness=1)
     only = RolloutCollector(_groups(), None, None, settings, VOCAB, "cpu", given)
     return collected, only.take(0, 7, 0)
 

@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from megatron_vopd.objectives import ObjectiveSettings
 from megatron_vopd.trainer.metrics import reduce_sums, token_sums
 from tests.support.harness import spawn
+from tests.support.settings import objective_named
 from tests.unit.trainer.test_metrics import metrics_of, random_stats
 
-SETTINGS = ObjectiveSettings()
+OBJECTIVE = objective_named("sampled")
 
 
 def _reduced() -> tuple[dict[str, float], dict[str, float], int, str]:
@@ -28,7 +28,7 @@ def _reduced() -> tuple[dict[str, float], dict[str, float], int, str]:
 
     dist.all_reduce = counted  # type: ignore[assignment]
     stats = random_stats((10, 0, 20, 30)[rank], seed=rank)
-    sums = token_sums("sampled", stats, SETTINGS, None)
+    sums = token_sums(OBJECTIVE, stats, None)
     if rank != 3:
         sums["loss/mean"] = torch.tensor(float(rank + 1))
     result = reduce_sums({} if rank == 1 else sums, contributes=rank in (0, 2))
@@ -46,10 +46,7 @@ def test_only_contributing_ranks_count_and_all_agree() -> None:
     first, empty, num_calls, refused = results[0]
     assert all(result[0] == first for result in results)
     assert num_calls == 2 and "unknown" in refused
-    parts = [
-        token_sums("sampled", random_stats(n, seed=r), SETTINGS, None)
-        for r, n in ((0, 10), (2, 20))
-    ]
+    parts = [token_sums(OBJECTIVE, random_stats(n, seed=r), None) for r, n in ((0, 10), (2, 20))]
     expected = metrics_of({key: parts[0][key] + parts[1][key] for key in parts[0]})
     assert first == pytest.approx({**expected, "loss/mean": (1 + 3) / 30}, rel=1e-12)
     assert empty == {"loss/num_tokens": 0}

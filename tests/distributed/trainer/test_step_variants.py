@@ -24,7 +24,6 @@ from megatron_vopd.megatron.weights import export_weights
 from megatron_vopd.objectives import group_advantages
 from megatron_vopd.trainer.collector import RolloutCollector
 from megatron_vopd.trainer.packing import pack
-from megatron_vopd.trainer.settings import StepSettings
 from megatron_vopd.trainer.student_logprobs import (
     mean_entropy,
     sequence_logprobs,
@@ -36,6 +35,7 @@ from tests.support.harness import spawn
 from tests.support.layouts import Case, enter
 from tests.support.reference_step import Adam, Reference, reference_step, response_logits
 from tests.support.scripted import ScriptedEngine
+from tests.support.settings import step_settings
 from tests.support.steps import (
     Setup,
     make_rollouts,
@@ -321,8 +321,12 @@ def _whole_step(setup: Setup) -> Any:
     """On a rank: stream, engine, grader and curriculum as in a run, only the engine scripted."""
     groups = enter(setup.case)
     student = setup.student(groups)
-    settings = StepSettings(
-        objective("vopd_full"), 4, 2, max_tokens_per_microbatch=64, task_reward_weight=0.5
+    settings = step_settings(
+        objective=objective("vopd_full"),
+        num_prompts=4,
+        samples_per_prompt=2,
+        max_tokens_per_microbatch=64,
+        task_reward_weight=0.5,
     )
     engine = ScriptedEngine(VOCAB)
     own = engine if groups.is_leader else None

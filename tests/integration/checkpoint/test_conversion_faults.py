@@ -198,12 +198,12 @@ def test_file_systems_that_cannot_take_it(
     status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same two, where mounting is not allowed: by what the system says of the file system."""
-    from megatron_vopd.files.atomic_file import PublishError
+    from megatron_vopd.files.atomic_file import FileError
     from megatron_vopd.files.atomic_folder import check_destination
 
     flags = os.ST_RDONLY if status == "read-only" else 0
     blocks = 10**9 if status == "read-only" else 3
     told = SimpleNamespace(f_flag=flags, f_bavail=blocks, f_frsize=4096)
     monkeypatch.setattr(os, "statvfs", lambda _: told)
-    with pytest.raises(PublishError, match=DESTINATIONS[status]):
+    with pytest.raises(FileError, match=DESTINATIONS[status]):
         check_destination(tmp_path / "out", tmp_path / "source", 2**20)

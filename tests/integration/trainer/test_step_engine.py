@@ -16,7 +16,6 @@ from megatron_vopd.data.stream import PromptStream
 from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.trainer.collector import RolloutCollector
-from megatron_vopd.trainer.settings import StepSettings
 from megatron_vopd.trainer.student_logprobs import sequence_logprobs
 from megatron_vopd.trainer.trainer import Trainer
 from megatron_vopd.types import Layout
@@ -24,6 +23,7 @@ from tests.support.engines import MODELS, STOP, VOCAB, make_prompts, needs_vllm,
 from tests.support.harness import spawn
 from tests.support.layouts import Case, enter
 from tests.support.reference_step import Adam
+from tests.support.settings import step_settings
 from tests.support.steps import Setup, objective, whole_weights
 
 pytestmark = needs_vllm
@@ -51,8 +51,12 @@ def _run(setup: Setup, log_path: str, num_steps: int, kill_before: int) -> Any:
         bare, facts = student.bare, student.facts
         return push(bare, facts, groups, engine, policy_version, score, probe)
 
-    step = StepSettings(
-        objective("vopd_full"), 8, 2, stop_ids=(STOP,), max_tokens_per_microbatch=256
+    step = step_settings(
+        objective=objective("vopd_full"),
+        num_prompts=8,
+        samples_per_prompt=2,
+        stop_ids=(STOP,),
+        max_tokens_per_microbatch=256,
     )
     prompts = make_prompts(24)
     collector = RolloutCollector(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +20,15 @@ from megatron_vopd.megatron.groups import independent_groups, init_world, studen
 from megatron_vopd.megatron.model import ModelOptions
 from megatron_vopd.megatron.student import load_student
 from megatron_vopd.megatron.teacher import Teacher
-from megatron_vopd.objectives import Objective, ObjectiveSettings
 from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.trainer.collector import RolloutCollector
-from megatron_vopd.trainer.settings import StepSettings
 from megatron_vopd.trainer.student_logprobs import sequence_logprobs
 from megatron_vopd.trainer.trainer import PHASES, Trainer
 from megatron_vopd.types import Layout, Prompt
 from tests.support.engines import needs_vllm, settings
 from tests.support.harness import spawn
+from tests.support.settings import objective_named, step_settings
 from tests.support.steps import FixedLength
 from tests.support.tiny_models import TinyModel
 
@@ -73,9 +73,9 @@ def _metrics(
     def push_weights(policy_version: int) -> Any:
         return push(student.bare, student.facts, groups, engine, policy_version, score, probe)
 
-    step = StepSettings(
-        Objective("sampled", ObjectiveSettings(), chunk=256),
-        NUM_PROMPTS,
+    step = step_settings(
+        objective=replace(objective_named("sampled"), chunk=256),
+        num_prompts=NUM_PROMPTS,
         stop_ids=(STOP,),
         max_tokens_per_microbatch=512,
         max_staleness=staleness,

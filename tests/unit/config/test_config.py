@@ -17,7 +17,15 @@ from megatron_vopd.config import (
     resolved_yaml,
 )
 from megatron_vopd.config.schema import section_models
-from megatron_vopd.config.yaml_io import MAX_ALIASES, MAX_BYTES, MAX_DEPTH, parse_yaml, plain_scalar
+from megatron_vopd.config.yaml_io import (
+    MAX_ALIASES,
+    MAX_BYTES,
+    MAX_DEPTH,
+    apply_overrides,
+    parse_yaml,
+    plain_scalar,
+    read_mapping,
+)
 from tests.support import ROOT
 from tests.support.config_cases import FINE, VALID, problems_of, refusal, with_values, write
 
@@ -65,6 +73,9 @@ class TestYaml:
             ("student: !local {path: a/b}\n", [":1", "tag"]),
             ("a: &x {b: *x}\n", ["alias *x", "write the value out"]),
             ("a: *missing\n", ["alias *missing"]),
+            ("a: &x 1\nb:\n  *x : 2\n", [":3", "the key 1"]),
+            ("b: &x a\na: 1\n*x : 2\n", [":3", "'a' a second time", "line 2"]),
+            ("a: 1\na: 2\nb: [\n", [":2", "'a' a second time"]),
             ("1: x\n", [":1", "the key 1", "a word as key"]),
             ("? [a, b]\n: x\n", ["a word as key"]),
             ("null: x\n", ["the key None"]),
@@ -98,6 +109,13 @@ class TestYaml:
 
     def test_few_aliases_are_fine(self) -> None:
         assert parse_yaml("a: &x [1, 2]\nb: *x\n", "f") == {"a": [1, 2], "b": [1, 2]}
+        assert parse_yaml("a: &x 1\nb: &x [*x]\nc: *x\n", "f") == {"a": 1, "b": [1], "c": [1]}
+
+    def test_an_override_changes_one_of_two_aliased_sections(self, tmp_path: Path) -> None:
+        path = write(tmp_path, "student: {path: a/s}\nteachers: {m: &t {path: a/t}, n: *t}\n")
+        data, problems = apply_overrides(read_mapping(path), ["teachers.n.path=a/u"])
+        assert problems == []
+        assert data["teachers"] == {"m": {"path": "a/t"}, "n": {"path": "a/u"}}
 
     def test_files_that_are_none(self, tmp_path: Path) -> None:
         for path, words in [

@@ -31,7 +31,6 @@ from megatron_vopd.demo.models import save_model, share_right
 from megatron_vopd.demo.report import Results, save_plot, smoothed, table
 from megatron_vopd.demo.stages import Stage, StageError, run_stage, thinned
 from megatron_vopd.errors import UserError
-from megatron_vopd.files.metrics_file import metrics_line
 from megatron_vopd.run import launch
 from megatron_vopd.run.folder import hf_dir
 from megatron_vopd.run.launch import ONE_MACHINE, Launch
@@ -328,7 +327,8 @@ def test_table_shows_the_last_evaluation() -> None:
 def test_plot(tmp_path: Path) -> None:
     assert smoothed([0.0, 3.0, 6.0, 9.0], window=3) == [1.5, 3.0, 6.0, 7.5]
     keys = ("kl/reverse", "variance/advantage_over_reward", "rollout/length_mean")
-    lines = [metrics_line(i, dict.fromkeys(keys, 1.0 / i)) for i in range(1, 9)]
+    records = [{"step": i, **dict.fromkeys(keys, 1.0 / i)} for i in range(1, 9)]
+    lines = [json.dumps(record) + "\n" for record in records]
     (tmp_path / "metrics.jsonl").write_text("".join(lines))
     save_plot({"vopd": tmp_path}, {"vopd": {0: 0.1, 8: 0.9}}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

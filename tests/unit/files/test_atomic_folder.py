@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import pickle
+import random
+import shutil
 from pathlib import Path
 
 import pytest
+import xxhash
 
 from megatron_vopd.checkpoint.safe_pickle import Inert, PickleRefusedError, read_inert
-from megatron_vopd.files import atomic_folder as publish
-from megatron_vopd.files.atomic_file import PublishError
+from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.files.atomic_folder import staging_folder, verify_manifest
+from tests.support import ROOT
 from tests.support.tools import load_tool
+
+FORMAT_1 = ROOT / "tests" / "fixtures" / "published_format_1"
 
 
 def _publish(out: Path) -> Path:
@@ -42,6 +48,17 @@ def test_published_folder_verifies(tmp_path: Path) -> None:
         ("a", b"alph", "4 bytes"),
         ("deep/er/b", None, "missing"),
         ("manifest.json", b"{}", "readable manifest"),
+        ("manifest.json", b'{"format": 3, "files": []}', "got format 3, expected 2"),
+        (
+            "manifest.json",
+            b'{"format": 2, "files": [{"name": "a", "size": "5", "xxh3_128": ""}]}',
+            "readable manifest",
+        ),
+        (
+            "manifest.json",
+            b'{"format": 2, "files": [{"name": "a", "size": 5, "sha256": ""}]}',
+            "readable manifest",
+        ),
         (
             "manifest.json",
             b'{"format": 1, "files": [{"name": "../a", "size": 1, "sha256": ""}]}',
@@ -57,9 +74,41 @@ def test_changed_files_are_named(
         (out / name).unlink()
     else:
         (out / name).write_bytes(content)
-    with pytest.raises(PublishError) as caught:
+    with pytest.raises(FileError) as caught:
         verify_manifest(out)
     assert name in str(caught.value) and words in str(caught.value)
+
+
+def test_every_byte_is_in_the_hash(tmp_path: Path) -> None:
+    """Pieces small and large, in any order, are written and hashed as they came."""
+    sizes = [1, 2**20 - 1, 1, 2**20, 3 * 2**20 + 7, 5, 700_000, 700_000, 0, 2**21]
+    pieces = [random.Random(number).randbytes(size) for number, size in enumerate(sizes)]
+    with staging_folder(tmp_path / "out") as staging:
+        with staging.create("a") as file:
+            assert [file.write(piece) for piece in pieces] == sizes
+        staging.publish(tmp_path / "out", staging.records, {})
+    content = (tmp_path / "out" / "a").read_bytes()
+    assert content == b"".join(pieces)
+    written = json.loads((tmp_path / "out" / "manifest.json").read_text())
+    digest = xxhash.xxh3_128_hexdigest(content)
+    assert written == {
+        "format": 2,
+        "files": [{"name": "a", "size": len(content), "xxh3_128": digest}],
+    }
+
+
+def test_folders_with_sha256_are_still_verified(tmp_path: Path) -> None:
+    """The fixture was published when manifests had format 1."""
+    out = tmp_path / "out"
+    shutil.copytree(FORMAT_1, out)
+    manifest = verify_manifest(out)
+    assert manifest is not None and (manifest["format"], manifest["step"]) == (1, 7)
+    assert {record.hash_name for record in manifest["files"]} == {"sha256"}
+    content = bytearray((out / "deep/er/b").read_bytes())
+    content[500] ^= 1
+    (out / "deep/er/b").write_bytes(content)
+    with pytest.raises(FileError, match="deep/er/b: content is not"):
+        verify_manifest(out)
 
 
 def test_failure_leaves_nothing(tmp_path: Path) -> None:
@@ -85,7 +134,7 @@ def test_leftovers_of_the_dead_go_and_those_of_the_living_stay(tmp_path: Path) -
 
 def test_a_folder_that_appeared_meanwhile_is_not_replaced(tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with pytest.raises(PublishError, match="appeared meanwhile"), staging_folder(out) as staging:
+    with pytest.raises(FileError, match="appeared meanwhile"), staging_folder(out) as staging:
         out.mkdir()
         staging.publish(out, [], {})
     assert os.listdir(tmp_path) == ["out"] and os.listdir(out) == []
@@ -121,24 +170,3 @@ def test_help_has_examples(tool: str, capsys: pytest.CaptureFixture[str]) -> Non
     text = capsys.readouterr().out
     assert end.value.code == 0
     assert f"python tools/{tool}.py" in text.split("examples:")[1]
-
-
-def test_a_large_piece_outlives_the_small_ones_after_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Small pieces do not end the hold on a large one that is still being written."""
-    monkeypatch.setattr(publish, "_UNDER_WAY", 2**20)
-    held: list[int] = []
-
-    class Owner:
-        def __del__(self) -> None:
-            held.append(len(os.listdir(tmp_path)))
-
-    with staging_folder(tmp_path / "out") as staging, staging.create("a") as file:
-        file.write(bytes(2**20))
-        file.hold(Owner())
-        file.write(b"small")
-        file.hold("owner of the small piece")
-        assert not held
-        file.write(bytes(2**20))
-        assert len(held) == 1

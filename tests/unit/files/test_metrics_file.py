@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from megatron_vopd.files.metrics_file import MetricsError, MetricsFile, read_metrics
+from megatron_vopd.files.atomic_file import FileError
+from megatron_vopd.files.metrics_file import MetricsFile, read_metrics
 
 
 def steps_of(path: Path) -> list[int]:
@@ -116,7 +117,7 @@ def test_damage_in_the_middle_is_named(content: bytes, words: list[str], tmp_pat
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(content)
     for action in (read_metrics, MetricsFile):
-        with pytest.raises(MetricsError) as caught:
+        with pytest.raises(FileError) as caught:
             action(path)
         message = str(caught.value)
         assert all(word in message for word in words) and "\n" not in message
@@ -132,21 +133,21 @@ def test_a_step_is_recorded_once(tmp_path: Path) -> None:
     file.close()
 
 
-@pytest.mark.parametrize("fault", [OSError(28, "No space left on device"), 5])
+@pytest.mark.parametrize("room", [0, 5])
 def test_a_full_disk_is_said_and_repaired(
-    fault: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    room: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "metrics.jsonl"
     file = MetricsFile(path)
     file.append(1, {"a/x": 1.0})
-    write = os.write
+    write, left = os.write, [room, 0]
 
     def full(descriptor: int, data: bytes) -> int:
-        if isinstance(fault, OSError):
-            raise fault
-        return write(descriptor, data[:fault])
+        if not left[0]:
+            raise OSError(28, "No space left on device")
+        return write(descriptor, data[: left.pop(0)])
 
-    with monkeypatch.context() as patch, pytest.raises(MetricsError, match="space on the disk"):
+    with monkeypatch.context() as patch, pytest.raises(FileError, match="space on the disk"):
         patch.setattr(os, "write", full)
         file.append(2, {"a/x": 2.0})
     file.close()
@@ -154,7 +155,7 @@ def test_a_full_disk_is_said_and_repaired(
     assert steps_of(path) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("operation", ["open", "fsync", "replace"])
+@pytest.mark.parametrize("operation", ["open", "fsync", "ftruncate"])
 @pytest.mark.parametrize("count", [0, 1, 2])
 def test_a_repair_that_fails_leaves_the_old_file_or_the_new_one(
     operation: str, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -173,17 +174,17 @@ def test_a_repair_that_fails_leaves_the_old_file_or_the_new_one(
         patch.setattr(os, operation, failing)
         try:
             MetricsFile(path, 3).close()
-        except MetricsError as error:
-            assert "metrics.jsonl: Input/output error" in str(error)
+        except FileError as error:
+            assert str(error).startswith(str(tmp_path)) and ": Input/output error; " in str(error)
     assert path.read_bytes() in (before, b"".join(before.splitlines(keepends=True)[:3]))
     recorded_run(path, range(4, 6), last_step=3)
     assert path.read_bytes() == before
 
 
 def test_missing_and_unwritable(tmp_path: Path) -> None:
-    with pytest.raises(MetricsError, match=r"none/metrics\.jsonl: No such file"):
+    with pytest.raises(FileError, match=r"none/metrics\.jsonl: No such file"):
         read_metrics(tmp_path / "none" / "metrics.jsonl")
-    with pytest.raises(MetricsError, match="No such file"):
+    with pytest.raises(FileError, match="No such file"):
         MetricsFile(tmp_path / "none" / "metrics.jsonl")
 
 

@@ -117,7 +117,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_killed_writers_go(filled: Path) -> None:
-    old, new = filled / "states-1.safetensors.a.tmp", filled / "states-2.safetensors.b.tmp"
+    old, new = filled / "states-1.safetensors.tmp-a", filled / "states-2.safetensors.tmp-b"
     for path in (old, new):
         path.write_bytes(b"half")
     day = time.time() - 2 * 86400

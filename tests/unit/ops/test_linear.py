@@ -12,9 +12,9 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from megatron_vopd import objectives
-from megatron_vopd.objectives import ObjectiveSettings
 from megatron_vopd.ops import linear
 from megatron_vopd.vocab_parallel import VocabShard, linear_distill_loss
+from tests.support.settings import objective_settings
 
 V, D, T = 61, 8, 10
 
@@ -30,7 +30,7 @@ def shard(tmp_path_factory):
 
 
 def mixed(stats):
-    return objectives.coefficients("mixed", stats, ObjectiveSettings())
+    return objectives.coefficients("mixed", stats, objective_settings())
 
 
 class Stage:
@@ -155,6 +155,8 @@ def test_the_narrow_gradient_lives_in_the_scratch_memory():
 PEAK = """
 import sys, tempfile, torch, torch.distributed as dist
 from megatron_vopd import objectives
+from megatron_vopd.config.method import ObjectiveSection
+from megatron_vopd.run.settings import objective_of
 from megatron_vopd.vocab_parallel import VocabShard, distill_stats, linear_distill_loss
 form, T, V, D = sys.argv[1], int(sys.argv[2]), 16001, 32
 dist.init_process_group("gloo", store=dist.FileStore(tempfile.mktemp(), 1), rank=0, world_size=1)
@@ -163,7 +165,8 @@ x, y = torch.randn(T, D).requires_grad_(), torch.randn(T, D)
 w, u = torch.randn(V, D).requires_grad_(), torch.randn(V, D)
 labels = torch.randint(0, V, (T,))
 torch.set_num_threads(1)
-fn = lambda s: objectives.coefficients("mixed", s, objectives.ObjectiveSettings())
+settings = objective_of(ObjectiveSection(reverse_weight=0.2), 1.0).settings
+fn = lambda s: objectives.coefficients("mixed", s, settings)
 def status(key):
     return next(int(l.split()[1]) / 1024 for l in open("/proc/self/status") if l.startswith(key))
 open("/proc/self/clear_refs", "w").write("5")  # forgets the peak of the imports

@@ -1,4 +1,4 @@
-"""The stand-in of a dry run owes what an engine owes; the configuration gets its full length."""
+"""The stand-in of a dry run has what an engine has; the configuration gets its full length."""
 
 from __future__ import annotations
 

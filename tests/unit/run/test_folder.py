@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from megatron_vopd.errors import UserError
-from megatron_vopd.files.atomic_file import PublishError
+from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.files.atomic_folder import staging_folder
 from megatron_vopd.run.folder import (
     KIND,
@@ -26,7 +26,7 @@ FILES = {"common.json": b'{"x": 1}', "__0_0.distcp": bytes(range(256)), ".metada
 
 
 def publish(run_dir: Path, step: int, says: int | None = None) -> Path:
-    """A published folder as `run_checkpoint` makes them, with other content."""
+    """A published folder as `run.checkpoints` makes them, with other content."""
     folder = step_dir(run_dir, step)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(folder) as staging:
@@ -76,7 +76,7 @@ CORRUPTIONS = {
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 @pytest.mark.parametrize("name", [*FILES, "manifest.json"])
 def test_every_corruption_is_refused_by_name(name: str, kind: str, run_dir: Path) -> None:
-    """C6: the newest checkpoint is damaged; the one before it is gone on from, and the file named.
+    """C6: the newest checkpoint is damaged; the one before it is taken, and the file named.
 
     A manifest whose last line break is lost still says the same, with hashes that hold.
     """
@@ -89,7 +89,7 @@ def test_every_corruption_is_refused_by_name(name: str, kind: str, run_dir: Path
     found = choose(run_dir, "auto")
     assert found.step == 4
     assert name in found.remarks[0] and str(step_dir(run_dir, 6)) in found.remarks[0]
-    with pytest.raises(PublishError, match=name.replace(".", r"\.")):
+    with pytest.raises(FileError, match=name.replace(".", r"\.")):
         choose(run_dir.parent / "other", str(step_dir(run_dir, 6)))
 
 
@@ -114,13 +114,13 @@ TRACKERS = {
 
 @pytest.mark.parametrize("kind", TRACKERS)
 def test_latest_is_a_hint(kind: str, run_dir: Path) -> None:
-    """C11: whatever `latest` says, hashes decide; the reader is told."""
+    """C11: whatever `latest` says, hashes decide, and a log line says so."""
     path = checkpoints_dir(run_dir) / "latest"
     TRACKERS[kind](path)
     found = choose(run_dir, "auto")
     assert found.step == 6 and len(found.remarks) == 1 and "latest" in found.remarks[0]
     if kind == "folder":
-        with pytest.raises(PublishError, match="latest: is a folder"):
+        with pytest.raises(FileError, match="latest: is a folder"):
             write_latest(run_dir, 6)
     else:
         write_latest(run_dir, 6)
@@ -184,7 +184,7 @@ def test_retention_leaves_the_newest_valid(run_dir: Path) -> None:
         publish(run_dir, step)
     (step_dir(run_dir, 12) / "common.json").unlink()
     (step_dir(run_dir, 8) / "common.json").unlink()
-    # A run that went on from 6 and saved 10 anew: 12 is a later, damaged one.
+    # A run that resumed from 6 and saved 10 again: 12 is a later, damaged one.
     assert remove_old(run_dir, 10, keep=2, also={2}) == [4]
     assert saved_steps(run_dir) == [12, 10, 8, 6, 2]
     assert choose(run_dir, "auto").step == 10

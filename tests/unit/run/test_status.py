@@ -183,11 +183,11 @@ class TestScripts:
             time.sleep(0.05)
         os.kill(process.pid, signal.SIGTERM)
         assert ended(process) == 75
-        told = calls(workplace)
-        first, last = (line for line in told if line.startswith("vopd exit-code"))
+        called = calls(workplace)
+        first, last = (line for line in called if line.startswith("vopd exit-code"))
         assert "--clear" in first and last == first.replace("--clear ", "")
-        assert told.count("torchrun TERM") == 1
-        assert ("scontrol requeue 7" in told) == script.name.endswith("sbatch")
+        assert called.count("torchrun TERM") == 1
+        assert ("scontrol requeue 7" in called) == script.name.endswith("sbatch")
 
     def test_other_endings(self, workplace: Path, script: Path) -> None:
         # What an earlier start left must not speak for one that says nothing.

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vopd.objectives import ObjectiveSettings
+from megatron_vopd.objectives import OBJECTIVES
 from megatron_vopd.ops.fields import DistillStats
 from megatron_vopd.trainer.metrics import (
     GROUPS,
@@ -19,6 +19,7 @@ from megatron_vopd.trainer.metrics import (
     token_sums,
 )
 from megatron_vopd.types import FinishReason, Prompt, Rollout
+from tests.support.settings import objective_named
 
 
 def kl(p_TV: Tensor, q_TV: Tensor) -> Tensor:
@@ -65,8 +66,8 @@ def metrics_of(sums: dict[str, Tensor]) -> dict[str, float]:
 def test_every_metric_of_a_sampled_step() -> None:
     stats = random_stats(50, topk=4)
     engine = stats.student_logprob_T + 0.3 * torch.randn(50, dtype=torch.float64)
-    settings = ObjectiveSettings(baseline="full", importance="truncate", importance_cap=1.2)
-    got = metrics_of(token_sums("sampled", stats, settings, engine))
+    objective = objective_named("sampled", importance="truncate", importance_cap=1.2)
+    got = metrics_of(token_sums(objective, stats, engine))
     reward = stats.teacher_logprob_T - stats.student_logprob_T
     advantage = reward + stats.reverse_kl_T
     ratio = (stats.student_logprob_T - engine).exp()
@@ -102,7 +103,7 @@ def test_every_metric_of_a_sampled_step() -> None:
 @pytest.mark.parametrize("baseline", ["none", "full", "topk"])
 def test_the_variance_ratio_is_that_of_the_baseline(baseline: str) -> None:
     stats = random_stats(200, topk=3)
-    got = metrics_of(token_sums("sampled", stats, ObjectiveSettings(baseline=baseline), None))
+    got = metrics_of(token_sums(objective_named("sampled", baseline=baseline), stats, None))
     ratio = got["variance/advantage_over_reward"]
     assert (ratio == pytest.approx(1)) == (baseline == "none")
     assert not [key for key in got if key.startswith("mismatch/")]
@@ -110,26 +111,28 @@ def test_the_variance_ratio_is_that_of_the_baseline(baseline: str) -> None:
 
 def test_a_floored_reward_is_the_advantage_that_trains() -> None:
     stats = random_stats(100)
-    settings = ObjectiveSettings(baseline="none", reward_floor=0.5)
-    got = metrics_of(token_sums("sampled", stats, settings, None))
+    objective = objective_named("sampled", baseline="none", reward_floor=0.5)
+    got = metrics_of(token_sums(objective, stats, None))
     assert got["advantage/mean"] > got["reward/mean"] + 0.01
 
 
-@pytest.mark.parametrize("objective", ["reverse", "mixed", "topk_reverse", "hard"])
-def test_what_other_objectives_report(objective: str) -> None:
+@pytest.mark.parametrize(
+    "name", [name for name, row in OBJECTIVES.items() if not row.has_advantage]
+)
+def test_what_other_objectives_report(name: str) -> None:
     stats = random_stats(20, topk=4)
     engine = stats.student_logprob_T - 0.1
-    got = metrics_of(token_sums(objective, stats, ObjectiveSettings(), engine))
+    got = metrics_of(token_sums(objective_named(name), stats, engine))
     assert got["mismatch/ratio_mean"] == pytest.approx(math.exp(0.1))
     assert "advantage/mean" not in got and "mismatch/clipped_frac" not in got
-    assert ("kl/reverse" in got) == ("topk/student_mass" in got) == (objective != "hard")
+    assert ("kl/reverse" in got) == ("topk/student_mass" in got) == (name != "hard")
 
 
 def test_tokens_that_no_engine_sampled_do_not_count_as_mismatch() -> None:
     stats = random_stats(4)
     engine = stats.student_logprob_T + torch.tensor([0.0, 0.2, math.nan, math.nan])
-    for objective in ("sampled", "forward"):
-        got = metrics_of(token_sums(objective, stats, ObjectiveSettings(), engine))
+    for name in ("sampled", "forward"):
+        got = metrics_of(token_sums(objective_named(name), stats, engine))
         assert got["mismatch/ratio_mean"] == pytest.approx((1 + math.exp(-0.2)) / 2)
         assert got["loss/num_tokens"] == 4
 
@@ -142,9 +145,8 @@ def test_microbatches_do_not_matter(cuts: tuple[int, ...]) -> None:
     def part(rows: slice) -> dict[str, Tensor]:
         fields = [getattr(whole, name) for name in DistillStats.__dataclass_fields__][:-1]
         return token_sums(
-            "sampled",
+            objective_named("sampled"),
             DistillStats(*(field[rows] for field in fields), tokens=rows),
-            ObjectiveSettings(),
             engine[rows],
         )
 
@@ -156,9 +158,9 @@ def test_microbatches_do_not_matter(cuts: tuple[int, ...]) -> None:
     assert metrics_of(total) == pytest.approx(metrics_of(part(slice(0, 30))), rel=1e-12)
 
 
-@pytest.mark.parametrize("objective", ["sampled", "forward", "hard"])
-def test_no_tokens(objective: str) -> None:
-    sums = token_sums(objective, random_stats(0, 2), ObjectiveSettings(), torch.zeros(0).double())
+@pytest.mark.parametrize("name", ["sampled", "forward", "hard"])
+def test_no_tokens(name: str) -> None:
+    sums = token_sums(objective_named(name), random_stats(0, 2), torch.zeros(0).double())
     assert all(value.shape == () and value.dtype == torch.float64 for value in sums.values())
     assert all(value == 0 for value in sums.values()) and set(sums) <= set(SUMS)
     assert metrics_of(sums) == {"loss/num_tokens": 0}
@@ -172,7 +174,7 @@ def test_sums_are_fp64_and_far_from_the_graph() -> None:
         *(getattr(stats, name) for name in list(DistillStats.__dataclass_fields__)[1:-1]),
         tokens=stats.tokens,
     )
-    sums = token_sums("sampled", single, ObjectiveSettings(), None)
+    sums = token_sums(objective_named("sampled"), single, None)
     assert all(value.dtype == torch.float64 and not value.requires_grad for value in sums.values())
 
 

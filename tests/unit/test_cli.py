@@ -1,0 +1,64 @@
+"""The subcommands of `vopd`: which arguments each takes, in which order, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from megatron_vopd import cli, train
+from megatron_vopd.config import config_table_markdown
+from megatron_vopd.errors import MISTAKE, OK
+
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "unknown"),
+    [
+        (["check", "config.yaml", "--world-size=2", "train.steps=3", "--foo=1"], "--foo=1"),
+        (["check", "--foo", "config.yaml"], "--foo"),
+        (["report", "run", "another"], "another"),
+        (["exit-code", "config.yaml", "--foo"], "--foo"),
+        (["demo", "folder"], "folder"),
+        (["config-table", "--csv"], "--csv"),
+        (["bogus"], "bogus"),
+        (["--bogus"], "--bogus"),
+    ],
+    ids=" ".join,
+)
+def test_an_unknown_argument_is_named(arguments: list[str], unknown: str, capsys: Capture) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(arguments)
+    assert caught.value.code == MISTAKE
+    printed = capsys.readouterr()
+    assert unknown in printed.err.splitlines()[-1] and printed.out == ""
+
+
+def test_without_a_command_there_is_help(capsys: Capture) -> None:
+    assert cli.main([]) == MISTAKE
+    printed = capsys.readouterr()
+    assert printed.err.startswith("usage: vopd") and "vopd check CONFIG" in printed.err
+    assert printed.out == ""
+
+
+def test_the_table_is_printed(capsys: Capture) -> None:
+    assert cli.main(["config-table"]) == OK
+    assert capsys.readouterr().out == config_table_markdown()
+
+
+def test_exit_code_takes_whatever_the_training_command_takes(
+    tmp_path: Path, capsys: Capture
+) -> None:
+    """A launch script gives both the same arguments."""
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    options = set(re.findall(r"^ +(--[a-z-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert "--dry-run" in options
+    path = tmp_path / "config.yaml"
+    path.write_text(json.dumps({"student": {"path": "a/b"}, "teacher": {"path": "a/c"}}))
+    settings = ["data.train=a/d", f"run.dir={tmp_path}", "run.name=x"]
+    given = [str(path), settings[0], *options, *settings[1:], "--clear"]
+    assert cli.main(["exit-code", *given]) == OK, capsys.readouterr().err
