@@ -38,7 +38,7 @@ class Coordinates:
 
     @property
     def is_leader(self) -> bool:
-        """Whether the rank leads its data-parallel replica: the one that may have an engine."""
+        """True for the rank that leads its data-parallel replica, which may have an engine."""
         return self.tp == self.cp == self.pp == 0
 
 

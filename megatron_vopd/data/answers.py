@@ -1,4 +1,4 @@
-"""What a response claims as its final answer, and whether that is literally the reference.
+"""The final answer that a response claims, compared with the reference as text.
 
 Letters, names and words are compared as text. (As mathematics, `Paris` would be a product of five
 symbols, and equal to `Pairs`.)

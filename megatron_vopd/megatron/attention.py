@@ -82,7 +82,7 @@ class CausalAttention(torch.nn.Module):
         return torch.cat(rows).flatten(1)
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Attend within [B, heads, S, d] (fewer heads in key and value) -> [B, heads, S, d]."""
+        """Return attention [B, heads, S, d]; key and value may have fewer heads than query."""
         return scaled_dot_product_attention(
             query, key, value, is_causal=True, scale=self.scale, enable_gqa=True
         )

@@ -1,4 +1,4 @@
-"""What megatron-core needs where there is no CUDA device.
+"""The replacements that megatron-core needs where there is no CUDA device.
 
 megatron-core names CUDA in places where any device would do: `torch.cuda.current_device()` as a
 device argument, literal `device="cuda"`, `.cuda()`, CUDA random states, streams that order copies.

@@ -86,15 +86,17 @@ class Groups:
 
     @property
     def is_leader(self) -> bool:
-        """Whether this rank leads its data-parallel replica: the one that may have an engine."""
+        """True on the rank that leads its data-parallel replica, which may have an engine."""
         return self.coordinates.is_leader
 
     @property
     def is_first_stage(self) -> bool:
+        """True on the pipeline stage that has the embedding."""
         return self.coordinates.pp == 0
 
     @property
     def is_last_stage(self) -> bool:
+        """True on the pipeline stage that has the vocabulary head."""
         return self.coordinates.pp == self.layout.pp - 1
 
 

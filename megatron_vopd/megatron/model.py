@@ -212,7 +212,7 @@ def _fusions(options: ModelOptions) -> dict[str, bool]:
 
 
 def _expert_settings(facts: ModelFacts, options: ModelOptions) -> dict[str, Any]:
-    """Route every token to all of its experts without balancing loss, as transformers does."""
+    """Send every token to all of its experts without balancing loss, as transformers does."""
     # megatron-core asks for this dispatcher wherever sequence lengths vary, experts or not.
     dispatcher = {"moe_token_dispatcher_type": "alltoall"}
     if not facts.is_moe:
@@ -231,7 +231,7 @@ def _expert_settings(facts: ModelFacts, options: ModelOptions) -> dict[str, Any]
 def _block_spec(
     config: TransformerConfig, facts: ModelFacts, groups: Groups, options: ModelOptions
 ) -> Any:
-    """Specify this stage's layers; the local ones get our norm and attention (`attention`)."""
+    """Declare this stage's layers; the local ones get our norm and attention (`attention`)."""
     if options.layer_spec == "te":
         return get_gpt_layer_with_transformer_engine_spec(
             num_experts=facts.num_experts or None,

@@ -58,12 +58,12 @@ class Student:
 
     @property
     def sequence_parallel(self) -> bool:
-        """Whether activations are cut along the sequence between tp ranks."""
+        """True where activations are cut along the sequence between tp ranks."""
         return self.options.sequence_parallel and self.groups.layout.tp > 1
 
     @property
     def counts_tokens(self) -> bool:
-        """Whether this rank counts its tokens; sums over all ranks then count each token once."""
+        """True where this rank's tokens count, so that a sum over ranks counts each token once."""
         return self.groups.is_last_stage and self.groups.coordinates.tp == 0
 
     def packing(self, max_tokens: int) -> PackingSettings:

@@ -91,7 +91,7 @@ def _response_faults(
     if outside:
         yield "unknown id", f"{outside[0]} of a vocabulary of {vocab_size}"
     if any(i in stops for i in ids[:-1]):
-        yield "goes on after its end", f"{length} tokens"
+        yield "continues after its end", f"{length} tokens"
     if rollout.finish_reason == "stop" and ids[-1] not in stops:
         yield "stopped without a stop id", f"{length} tokens, last id {ids[-1]}"
     if rollout.finish_reason == "length" and length < sampling.max_tokens:

@@ -42,7 +42,7 @@ class Server:
 
     @property
     def is_local(self) -> bool:
-        """Whether its address is this machine's own."""
+        """True if its address is this machine's own."""
         return self.host in LOOPBACK
 
     def call(self, method: str, path: str, body: Any = None, seconds: float = 60.0) -> Any:

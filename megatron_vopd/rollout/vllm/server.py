@@ -335,10 +335,10 @@ class ServerEngine:
         self.policy_version = None
 
     def sleep(self) -> None:
-        """Do nothing: servers have devices of their own."""
+        """Leave all as it is: servers have devices of their own."""
 
     def wake(self) -> None:
-        """Do nothing: `sleep` did nothing."""
+        """Leave all as it is, since `sleep` did."""
 
     def close(self) -> None:
         """Leave the communicator, if there is one; the servers keep running."""

@@ -8,6 +8,8 @@ Two collectives per layer, of 16 and 8 bytes:
 
     open     where the file is; no rank starts a layer before every leader is ready for it
     settle   all have written, or one could not, which is an error on all
+
+So a layer is whole before any leader sends it.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from megatron_vopd.rollout.weights.memory_file import MemoryFile, Segment, room_
 
 
 def machine_id() -> str | None:
-    """Identify the processes that can open one another's memory files; None: none can.
+    """Name the processes that can open one another's memory files; None: none can.
 
     Same start of the same kernel, same process namespace, same user.
     """

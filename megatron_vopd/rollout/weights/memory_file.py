@@ -55,7 +55,7 @@ class MemoryFile:
 
     @property
     def is_held(self) -> bool:
-        """Whether a reader still needs what lies in it."""
+        """True while a reader still needs what lies in the file."""
         return os.pread(self.fd, 1, 0) not in (b"", b"\0")
 
     def close(self) -> None:
@@ -90,7 +90,7 @@ class Segment:
     def make_room(
         self, shapes: Mapping[str, tuple[int, ...]], dtype: torch.dtype
     ) -> dict[str, Tensor]:
-        """Lay out tensors to be filled; the same call in any process finds the same places.
+        """Place tensors to be filled; the same call in any process finds the same places.
 
         They hold the file's memory until the last of them is dropped. Called once, first of all.
         """
@@ -104,7 +104,7 @@ class Segment:
 
     @property
     def is_complete(self) -> bool:
-        """Whether as many tensors were added as room was made for."""
+        """True once as many tensors were added as room was made for."""
         return len(self.tensors) == self._num_rooms > 0
 
     def add(self, name: str, tensor: Tensor) -> None:
@@ -246,5 +246,5 @@ def digest(tensor: Tensor) -> str:
 
 
 def _bytes(tensor: Tensor) -> Any:
-    """View the bytes of a contiguous CPU tensor, without a copy."""
+    """Return the bytes of a contiguous CPU tensor, without a copy."""
     return tensor.reshape(-1).view(torch.uint8).numpy()

@@ -55,7 +55,7 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInit, SegmentInfo]):
     update_info_cls = SegmentInfo
 
     def init_transfer_engine(self, init_info: NoInit) -> None:
-        """Do nothing: there is no connection to make."""
+        """Accept the empty arguments: there is no connection to make."""
 
     def start_weight_update(self) -> None:
         """Forget what is packed; expect every tensor of the model once."""
@@ -101,4 +101,4 @@ class SharedMemoryWeightTransfer(WeightTransferEngine[NoInit, SegmentInfo]):
             finalize_layerwise_reload(self.model, self.model_config)
 
     def shutdown(self) -> None:
-        """Do nothing: no memory is held between segments."""
+        """Leave all as it is: no memory is held between segments."""

@@ -89,7 +89,7 @@ def test_many_faults_are_counted_and_a_few_are_shown() -> None:
 def test_further_faults_are_named() -> None:
     sound = Rollout(PROMPTS[0], 0, (1, 2, STOP), (-1.0, -2.0, -0.5), "stop", 3)
     for change, kind in (
-        ({"response_ids": (1, STOP, STOP)}, "goes on after its end"),
+        ({"response_ids": (1, STOP, STOP)}, "continues after its end"),
         ({"finish_reason": "length"}, "cut short"),
         ({"response_ids": (1, 2, 3)}, "stopped without a stop id"),
         ({"policy_version": 4}, "stale version"),
