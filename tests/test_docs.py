@@ -19,12 +19,9 @@ from tests.support.shown_commands import SHOWN
 from tests.support.tiny_models import TinyModel
 
 README = ROOT / "README.md"
-TRACKED = [
-    ROOT / name
-    for name in subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-]
+FOLDERS = ("megatron_vopd", "csrc", "tests", "tools", "docs", "examples", ".github")
+TRACKED = [path for path in ROOT.iterdir() if path.is_file()]
+TRACKED += [path for name in FOLDERS for path in (ROOT / name).rglob("*") if path.is_file()]
 PAGES = [path for path in TRACKED if path.suffix == ".md" and "results" not in path.parts]
 COMMAND_PAGES = [README, *sorted((ROOT / "docs" / "guide").glob("*.md"))]
 CODE = [path for path in TRACKED if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh", ".yaml"}]
