@@ -79,7 +79,7 @@ def test_what_the_readme_points_at_is_there() -> None:
             assert (folder / name).exists(), name
     table = text.split("| where is | file and name |\n")[1].split("\n\n")[0]
     rows = [row.split("|")[2] for row in table.splitlines()[1:]]
-    assert len(rows) == 7
+    assert len(rows) >= 7
     for row in rows:
         names = re.findall(r"`([^`]+)`", row)
         files = [ROOT / "megatron_vopd" / name for name in names if name.endswith(".py")]
