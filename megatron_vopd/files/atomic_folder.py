@@ -301,7 +301,7 @@ def _file_digest(path: Path, hash_name: str, advance: Callable[[int], None]) -> 
 
 
 def _is_inner_name(name: Any) -> bool:
-    """Whether `name` is a relative path of at most three plain parts."""
+    """Return whether `name` is a relative path of at most three plain parts."""
     if not isinstance(name, str) or "\\" in name or not name.isprintable():
         return False
     parts = name.split("/")

@@ -16,7 +16,7 @@ _WEIGHTS = ["*.safetensors"]
 
 
 def local_model_folder(path: str, key: str, weights: bool = True) -> str:
-    """`path` itself when it is local, else the folder of the hub id.
+    """Return `path` itself when it is local, else the folder of the hub id.
 
     Args:
         key: the setting that holds `path`, for messages.

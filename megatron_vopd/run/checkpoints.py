@@ -1,6 +1,6 @@
 """A training run saved and resumed: weights, Adam's state, random states, and everything as JSON.
 
-`save` writes `checkpoints/step_N` beside its place and publishes it whole (`publish_together`);
+`save` writes `checkpoints/step_N` beside its place and publishes it whole (`staging`);
 `load` fills a run that was built from the same configuration, in any layout (`run_identity` says
 what "the same" is). Both are collectives of the whole world. A resumed CPU run is bitwise equal to
 an uninterrupted one; random states go with the layout, so another layout seeds its own.
