@@ -58,7 +58,7 @@ def write_payload(file: OutputFile, tensor: Tensor) -> tuple[int, int]:
 
 
 class ChunkReader:
-    """Maps the values of chunks from their files. A context manager.
+    """The open files of chunks, whose values it maps. A context manager.
 
     Args:
         hashed: files whose hash was just verified; the checksums in them are not computed again.
@@ -76,7 +76,7 @@ class ChunkReader:
         self._maps.clear()
 
     def values(self, key: str, dtype: str, chunk: Chunk) -> Tensor:
-        """The chunk as uint8 [*sizes[:-1], sizes[-1] * item size], mapped from the file.
+        """Map the chunk from the file as uint8 [*sizes[:-1], sizes[-1] * item size].
 
         Raises:
             FileError: the bytes are not such a chunk, or do not match their checksum.
@@ -134,7 +134,7 @@ class _Region(io.RawIOBase):
 def _payload_start(
     mapped: mmap.mmap, chunk: Chunk, dtype: str, num_bytes: int, is_hashed: bool
 ) -> int:
-    """Where in the file the raw values begin, after checking header, size and checksum."""
+    """Find where the raw values begin, after checking header, size and checksum."""
     region = _Region(mapped, chunk.start, chunk.length)
     with zipfile.ZipFile(region) as archive:  # type: ignore[arg-type]
         entries = {info.filename.partition("/")[2]: info for info in archive.infolist()}
@@ -161,7 +161,7 @@ def _payload_start(
 
 
 def _check_header(header: Any, chunk: Chunk, dtype: str) -> None:
-    """The pickled header must describe a contiguous tensor of the size that the index gives."""
+    """Refuse a header of anything but a contiguous tensor of the size in the index."""
     if not is_inert(header, "torch._utils._rebuild_tensor_v2") or len(header.args) < 4:
         raise PickleRefusedError("holds no tensor")
     storage, offset, size, stride = header.args[:4]

@@ -76,7 +76,7 @@ class StoredTensor:
 
 
 def index_bytes(tensors: dict[str, StoredTensor]) -> bytes:
-    """`.metadata` for these tensors, as torch's own classes pickle."""
+    """Make `.metadata` for these tensors, as torch's own classes pickle."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import (
         ChunkStorageMetadata,
@@ -104,7 +104,7 @@ def index_bytes(tensors: dict[str, StoredTensor]) -> bytes:
 
 
 def empty_common() -> bytes:
-    """`common.pt` with no state: what megatron-core looks for, and nothing in it."""
+    """Make a `common.pt` with no state: what megatron-core looks for, and nothing in it."""
     buffer = io.BytesIO()
     torch.save({}, buffer)
     return buffer.getvalue()
@@ -115,7 +115,7 @@ def config_bytes() -> bytes:
 
 
 def read_index(folder: Path, skip_objects: bool = False) -> dict[str, StoredTensor]:
-    """Every tensor of the checkpoint, with chunks that lie in regular files of this folder.
+    """List every tensor of the checkpoint, with chunks that lie in its regular files.
 
     Args:
         skip_objects: leave pickled objects (`common.pt`, object entries) aside instead of refusing
@@ -182,7 +182,7 @@ def _check_common(path: Path) -> None:
 
 
 def _ints(value: Any) -> tuple[int, ...]:
-    """A pickled torch.Size."""
+    """Read a pickled torch.Size."""
     if is_inert(value, "torch.Size"):
         value = value.args[0] if value.args else ()
     if not isinstance(value, tuple | list) or not all(type(part) is int for part in value):
@@ -191,7 +191,7 @@ def _ints(value: Any) -> tuple[int, ...]:
 
 
 def _tensors(metadata: Inert) -> tuple[dict[str, StoredTensor], list[str]]:
-    """Tensors, and the keys of object entries."""
+    """Read the tensors, and the keys of object entries."""
     described, places = metadata.field("state_dict_metadata"), metadata.field("storage_data")
     if not isinstance(described, dict) or not isinstance(places, dict):
         raise PickleRefusedError("holds no dictionaries of tensors")
@@ -246,7 +246,7 @@ def _chunk(key: str, chunk: Inert, placed: dict) -> Chunk:
 def _check_places(
     folder: Path, key: str, tensor: StoredTensor, file_sizes: dict[str, int | None]
 ) -> None:
-    """Chunks must tile the tensor and lie inside regular files of the folder."""
+    """Refuse chunks that do not tile the tensor, or lie outside the folder's regular files."""
     where = f"{folder / INDEX_NAME}: {shown(key)}"
     for chunk in tensor.chunks:
         if not is_plain_name(chunk.file) or not chunk.file.endswith(".distcp"):
@@ -273,7 +273,7 @@ def _check_places(
 def tiling_problem(
     shape: tuple[int, ...], rectangles: Iterable[tuple[tuple[int, ...], tuple[int, ...]]]
 ) -> str:
-    """Why these (offsets, sizes) do not fill `shape` exactly once; empty if they do."""
+    """Say why these (offsets, sizes) do not fill `shape` exactly once; empty if they do."""
     filled, seen = 0, set()
     for offsets, sizes in rectangles:
         if len(offsets) != len(shape) or len(sizes) != len(shape):

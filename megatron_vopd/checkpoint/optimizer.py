@@ -5,7 +5,7 @@ parameter (fp32); whole, with an fp32 copy of it (bf16); or as a flat slice on e
 rank (the distributed optimizer). A checkpoint has one form for all three, that of megatron-core's
 `fully_reshardable` type: `optimizer.state.{exp_avg,exp_avg_sq,fp32_param}.KEY`, in the shape of
 parameter KEY; `fp32_param` where the parameter itself is not fp32. So any layout and either
-optimizer may go on from it.
+optimizer may continue from it.
 
 Slices are joined, and cut again, one parameter at a time: megatron-core's own functions would hold
 the whole state of a model shard on every rank.
@@ -56,7 +56,7 @@ class Slot:
     group: dist.ProcessGroup | None = None
 
     def tensor(self, kind: str) -> Tensor | None:
-        """This rank's part of a moment or of the main values."""
+        """Return this rank's part of a moment or of the main values."""
         if self.main is None or kind == MAIN:
             return self.main
         return self.inner.state[self.main][kind]
@@ -69,7 +69,7 @@ def _members(student: Student) -> list[Any]:
 
 
 def _slots(student: Student) -> dict[str, Slot]:
-    """By parameter name, in the order of the model."""
+    """Return the slots by parameter name, in the order of the model."""
     owners: dict[int, Any] = {}
     for member in _members(student):
         is_cut = hasattr(member, "model_param_gbuf_map")
@@ -90,7 +90,7 @@ def _slots(student: Student) -> dict[str, Slot]:
 
 
 def _cut_slot(member: Any, parameter: Tensor) -> Slot:
-    """Of the distributed optimizer."""
+    """Make the slot of a parameter whose state the distributed optimizer splits."""
     if parameter not in member.model_param_gbuf_map:
         return Slot(member.optimizer, None, 0, member.data_parallel_group)
     group, order = member.model_param_group_index_map[parameter]
@@ -100,7 +100,7 @@ def _cut_slot(member: Any, parameter: Tensor) -> Slot:
 
 
 def _require_moments(slots: dict[str, Slot]) -> None:
-    """Moments of zero before the first update, as the optimizer itself would make them then."""
+    """Make moments of zero before the first update, as the optimizer would then."""
     for slot in slots.values():
         if slot.main is None or "exp_avg" in slot.inner.state[slot.main]:
             continue
@@ -114,7 +114,7 @@ def _require_moments(slots: dict[str, Slot]) -> None:
 
 
 def num_updates(student: Student) -> int:
-    """Updates that Adam's bias correction counts; the same for every parameter."""
+    """Return the updates that Adam's bias correction counts; one number for all parameters."""
     slots = _slots(student)
     _require_moments(slots)
     for slot in slots.values():
@@ -125,12 +125,12 @@ def num_updates(student: Student) -> int:
 
 
 def _group_step(inner: Any) -> int:
-    """Fused optimizers count per group, from the first update on."""
+    """Return the count of a group: fused optimizers have one, from the first update on."""
     return int(inner.param_groups[0].get("step", 0))
 
 
 def set_num_updates(student: Student, number: int) -> None:
-    """Go on counting from `number`; torch's Adam has a counter per parameter."""
+    """Make the count `number`; torch's Adam has a counter per parameter."""
     slots = _slots(student)
     _require_moments(slots)
     for slot in slots.values():
@@ -149,7 +149,7 @@ def _kinds(parameter: Tensor) -> tuple[str, ...]:
 
 
 def _places(student: Student) -> Iterator[tuple[str, Tensor, str, Entry]]:
-    """Parameter name, parameter, kind and place in the checkpoint, in the same order on replicas.
+    """Yield parameter name, parameter, kind and place; in the same order on replicas.
 
     A second copy of a tied head has the name of the first.
     """
@@ -162,7 +162,7 @@ def _places(student: Student) -> Iterator[tuple[str, Tensor, str, Entry]]:
 
 @torch.no_grad()
 def optimizer_values(student: Student) -> Iterator[ShardedTensor]:
-    """What this rank saves, one parameter's tensor at a time.
+    """Yield what this rank saves, one parameter's tensor at a time.
 
     A collective of the data-parallel groups for the distributed optimizer: every rank goes through
     it to the end, whatever happens to what it gets.
@@ -187,7 +187,7 @@ def _joined(slot: Slot, kind: str, parameter: Tensor) -> Tensor:
 
 
 def optimizer_shards(student: Student) -> list[ShardedTensor]:
-    """What this rank needs of a checkpoint, without values."""
+    """List what this rank needs of a checkpoint, without values."""
     return [shard for *_, entry in _places(student) for shard in shards(entry)]
 
 

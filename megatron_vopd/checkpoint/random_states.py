@@ -22,14 +22,14 @@ _NUMPY = struct.Struct("<624IIId")
 
 
 def seed_random_states(seed: int) -> None:
-    """Python's, numpy's and torch's; without it two starts of one run would differ in them."""
+    """Seed Python's, numpy's and torch's generators, in which two starts would else differ."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
 
 
 def random_bytes() -> Tensor:
-    """uint8 [n], n the same on every rank."""
+    """Return the states as uint8 [n], n the same on every rank."""
     version, words, gauss = random.getstate()
     assert version == 3, f"random state of version {version}"
     python = _PYTHON.pack(*words, gauss is not None, gauss or 0.0)
@@ -40,7 +40,7 @@ def random_bytes() -> Tensor:
 
 
 def _tracker() -> Any:
-    """megatron-core's, made by `parallel.student_groups`."""
+    """Return megatron-core's tracker of states, made by `groups.student_groups`."""
     return get_cuda_rng_tracker()
 
 
@@ -51,7 +51,7 @@ def _device_states() -> list[Tensor]:
 
 
 def restore_random_bytes(values: Tensor) -> None:
-    """Go on from what `random_bytes` gave on the same rank of the same layout.
+    """Restore what `random_bytes` gave on the same rank of the same layout.
 
     Raises:
         ValueError: of another length.

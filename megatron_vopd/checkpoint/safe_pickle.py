@@ -30,7 +30,7 @@ class PickleRefusedError(ValueError):
 
 
 class Inert:
-    """Stands for one object: `name` is its class or function, `args` and `state` its content."""
+    """A stand-in for an object: `name` is its class or function, `args` and `state` its content."""
 
     name = ""
 
@@ -42,7 +42,7 @@ class Inert:
         self.state = state
 
     def field(self, key: str) -> Any:
-        """A field of a dataclass that was pickled by its dictionary."""
+        """Return a field of a dataclass that was pickled by its dictionary."""
         if not isinstance(self.state, dict) or key not in self.state:
             raise PickleRefusedError(f"{self.name} has no {key}")
         return self.state[key]
@@ -67,7 +67,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_inert(file: BinaryIO, allowed: Collection[str]) -> Any:
-    """The pickled object, every name in it replaced by an `Inert` class.
+    """Read the pickled object, every name in it replaced by an `Inert` class.
 
     Args:
         allowed: `module.name` of everything that may be named.
@@ -84,10 +84,10 @@ def read_inert(file: BinaryIO, allowed: Collection[str]) -> Any:
 
 
 def is_inert(value: Any, name: str) -> bool:
-    """Whether `value` stands for an object made by `name`."""
+    """Return whether `value` stands for an object made by `name`."""
     return isinstance(value, Inert) and value.name == name
 
 
 def is_named(value: Any, name: str) -> bool:
-    """Whether `value` stands for the class or constant `name` itself."""
+    """Return whether `value` stands for the class or constant `name` itself."""
     return isinstance(value, type) and issubclass(value, Inert) and value.name == name

@@ -60,7 +60,7 @@ Written = tuple[str, str, tuple[int, ...], Chunk]
 
 
 def entries(sharded_state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Entry]:
-    """Tensors of a sharded state dict by local name; `_extra_state` objects are left out.
+    """List the tensors of a sharded state dict by local name, without `_extra_state` objects.
 
     Raises:
         TypeError: another object than a tensor, which would have to be pickled.
@@ -80,19 +80,19 @@ def entries(sharded_state_dict: Mapping[str, Any], prefix: str = "") -> dict[str
 
 
 def with_values(entry: Entry, values: Tensor) -> list[ShardedTensor]:
-    """The shards of one entry, as views of `values`, which has the local tensor's shape."""
+    """Return the shards of one entry as views of `values`, which has the local shape."""
     entry = replace(entry, data=values)
     built = entry.build() if isinstance(entry, ShardedTensorFactory) else [entry]
     return list(nested_values(built))
 
 
 def shards(entry: Entry) -> list[ShardedTensor]:
-    """The shards of one entry, as views of the data it has (which may be on the meta device)."""
+    """Return the shards of one entry as views of its data (maybe on the meta device)."""
     return with_values(entry, entry.data)  # type: ignore[arg-type]
 
 
 def renamed(entry: Entry, prefix: str, dtype: torch.dtype) -> Entry:
-    """The entry's place, for values of another meaning and type: an optimizer's, say."""
+    """Return the entry's place for values of another meaning and type: an optimizer's, say."""
     changes: dict[str, Any] = {"key": f"{prefix}.{entry.key}"}
     if isinstance(entry, ShardedTensor):
         changes["dtype"] = dtype
@@ -100,13 +100,13 @@ def renamed(entry: Entry, prefix: str, dtype: torch.dtype) -> Entry:
 
 
 def rank_row(key: str, values: Tensor) -> ShardedTensor:
-    """This rank's row of a tensor [world, n] that every rank adds one of n values to."""
+    """Return this rank's row of a tensor [world, n] to which every rank adds n values."""
     place = (0, dist.get_rank(), dist.get_world_size())
     return ShardedTensor.from_rank_offsets(key, values[None], place)
 
 
 def is_same_place(first: Tensor | None, second: Tensor) -> bool:
-    """Whether two views of one local tensor (which may be on the meta device) are the same part."""
+    """Return whether two views of one tensor (maybe on the meta device) are the same part."""
     assert first is not None
     return (first.storage_offset(), first.shape) == (second.storage_offset(), second.shape)
 
@@ -139,7 +139,7 @@ class ShardFile:
 
 
 def is_saved_here(entry: Entry) -> bool:
-    """Whether this rank holds the replica of the entry that is saved."""
+    """Return whether this rank holds the replica of the entry that is saved."""
     return is_main_replica(entry.replica_id)
 
 
@@ -166,7 +166,7 @@ def complete(staging: Staging, written: Iterable[Written], state: dict[str, Any]
 
 
 def read_state(folder: Path) -> dict[str, Any]:
-    """The common state of a checkpoint of ours; empty for one that has none."""
+    """Read the common state of a checkpoint of ours; empty for one that has none."""
     path = folder / STATE_NAME
     if regular_size(path) is None:
         return {}
@@ -180,7 +180,7 @@ def read_state(folder: Path) -> dict[str, Any]:
 
 
 class CheckpointReader:
-    """Fills shards from a checkpoint folder, whatever layout wrote it. A context manager.
+    """A checkpoint folder that fills shards, whatever layout wrote it. A context manager.
 
     Args:
         skip_objects: leave pickled objects unread instead of refusing the folder.
@@ -241,7 +241,7 @@ class CheckpointReader:
                 )
 
     def mapped(self, shard: ShardedTensor) -> Tensor | None:
-        """The shard's values straight from the file, where one chunk holds just them; else None."""
+        """Map the shard's values from the file where one chunk holds just them; else None."""
         stored = self.tensors[shard.key]
         sizes = (1,) * shard.prepend_axis_num + tuple(shard.local_shape)
         for chunk in stored.chunks:
@@ -277,7 +277,7 @@ class CheckpointReader:
 def _overlap(
     offsets: tuple[int, ...], sizes: tuple[int, ...], chunk: Chunk
 ) -> tuple[Slices, Slices] | None:
-    """What a shard and a chunk have in common: as slices of the shard, and of the chunk."""
+    """Return what a shard and a chunk have in common, as slices of each; None for nothing."""
     here, there = [], []
     for at, size, other, other_size in zip(offsets, sizes, chunk.offsets, chunk.sizes, strict=True):
         low, high = max(at, other), min(at + size, other + other_size)

@@ -27,7 +27,7 @@ def no_progress(_phase: str, _total: int) -> Callable[[int], None]:
 
 @dataclass(frozen=True)
 class Summary:
-    """What a conversion wrote."""
+    """The folder that a conversion wrote, in numbers."""
 
     out_dir: Path
     num_tensors: int

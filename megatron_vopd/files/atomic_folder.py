@@ -261,7 +261,7 @@ def verify_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def verify_sizes(folder: Path) -> dict[str, Any] | None:
-    """Do the quick half of `verify_manifest`: every listed file is there and has its size."""
+    """Check the quick half of `verify_manifest`: every listed file is there and has its size."""
     manifest = read_manifest(folder)
     for record in manifest["files"] if manifest else []:
         path = folder / record.name
@@ -301,7 +301,7 @@ def _file_digest(path: Path, hash_name: str, advance: Callable[[int], None]) -> 
 
 
 def _is_inner_name(name: Any) -> bool:
-    """Whether `name` is a relative path of at most three plain parts."""
+    """Return whether `name` is a relative path of at most three plain parts."""
     if not isinstance(name, str) or "\\" in name or not name.isprintable():
         return False
     parts = name.split("/")

@@ -131,7 +131,7 @@ class StateCache:
         return key in self._place
 
     def read(self, key: str) -> Tensor:
-        """States [T, D] on the host, mapped from their file.
+        """Map the states [T, D] of a key from their file, on the host.
 
         Raises:
             ConfigError: they are not what was written.

@@ -1,4 +1,4 @@
-"""What a local HuggingFace folder says about itself, read as bounded plain JSON.
+"""A local HuggingFace folder: its facts, tokenizer and ids, read as bounded plain JSON.
 
 Nothing in the folder is imported or executed, and values are checked before use: a folder may come
 from anywhere.
@@ -233,7 +233,7 @@ def _code_files(path: str, config: dict[str, Any]) -> tuple[str, ...]:
 
 
 def is_plain_name(name: Any) -> bool:
-    """Whether `name` is a file name without folders, control characters, or a leading dot."""
+    """Return whether `name` is a file name without folders, control characters or leading dot."""
     return (
         isinstance(name, str)
         and bool(name)

@@ -125,7 +125,7 @@ def require_same_bits(expected: Tensor, got: Tensor, where: str) -> None:
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:
-    """Whether two tensors have one type, shape and bits (0.0 is not -0.0, NaN is itself)."""
+    """Return whether two tensors have one type, shape and bits (0.0 is not -0.0, NaN is itself)."""
     if first.dtype != second.dtype or first.shape != second.shape:
         return False
     integers = {2: torch.int16, 4: torch.int32}[first.element_size()]

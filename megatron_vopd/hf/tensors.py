@@ -25,7 +25,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def as_bytes(tensor: Tensor) -> Tensor:
-    """View a contiguous tensor as uint8 [bytes]: shared memory, a storage of its own."""
+    """Return a contiguous tensor as uint8 [bytes]: shared memory, a storage of its own."""
     assert tensor.is_contiguous(), "a chunk must lie in one piece"
     flat = tensor.detach().reshape(-1).view(torch.uint8)
     return torch.from_numpy(flat.numpy())

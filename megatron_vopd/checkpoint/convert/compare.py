@@ -90,7 +90,7 @@ def check_tensors(
 def other_tensors(
     other: Path, source: ModelSource, groups: Groups, skip_objects: bool
 ) -> Iterator[tuple[str, Tensor]]:
-    """HF tensors of the other side, in HF's order."""
+    """Yield the HF tensors of the other side, in HF's order."""
     if is_checkpoint(other):
         with CheckpointModel(other, groups, None, skip_objects) as model:
             _require_same_model(model.facts, source.facts, other)
@@ -151,7 +151,7 @@ def check_outputs(
 
 
 def probe_ids(facts: ModelFacts) -> Tensor:
-    """A fixed sequence of token ids [S + 1] that holds the first and the last id."""
+    """Make a fixed sequence of token ids [S + 1] that holds the first and the last id."""
     length = min(NUM_TOKENS, facts.max_positions)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(0, facts.vocab_size, (length + 1,), generator=generator)
@@ -160,7 +160,7 @@ def probe_ids(facts: ModelFacts) -> Tensor:
 
 
 def transformers_outputs(hf_dir: Path, ids: Tensor) -> Outputs:
-    """What transformers computes from a folder."""
+    """Compute the outputs of a folder with transformers."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
@@ -176,7 +176,7 @@ def transformers_outputs(hf_dir: Path, ids: Tensor) -> Outputs:
 
 
 def split_experts(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
-    """transformers stacks a layer's experts in memory; its checkpoints hold them one by one."""
+    """Split stacked experts, as transformers has them in memory, into those of its checkpoints."""
     split: dict[str, Tensor] = {}
     for name, gradient in gradients.items():
         prefix, _, kind = name.rpartition(".")
@@ -196,7 +196,7 @@ def split_experts(gradients: dict[str, Tensor]) -> dict[str, Tensor]:
 def megatron_outputs(
     ckpt_dir: Path, groups: Groups, ids: Tensor, skip_objects: bool = False
 ) -> Outputs:
-    """What megatron-core computes from a checkpoint, in one process."""
+    """Compute the outputs of a checkpoint with megatron-core, in one process."""
     with CheckpointModel(ckpt_dir, groups, None, skip_objects) as checked:
         hf_config, facts, stored = checked.hf_config, checked.facts, checked.dtype
     options = ModelOptions(dtype=stored, output="logits")
@@ -218,7 +218,7 @@ def megatron_outputs(
 
 
 def worst_gradient(got: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[str, float]:
-    """The parameter whose gradient is furthest off, and by how much."""
+    """Return the parameter whose gradient is furthest off, and by how much."""
     assert got.keys() >= expected.keys(), sorted(expected.keys() - got.keys())
     floor = 1e-3 * max(float(gradient.norm()) for gradient in expected.values())
     errors = {

@@ -35,7 +35,7 @@ from megatron_vopd.megatron.model import ModelOptions, build_model
 def meta_entries(
     hf_config: Any, facts: ModelFacts, groups: Groups, dtype: torch.dtype
 ) -> dict[str, Entry]:
-    """This rank's places in the checkpoint by parameter name; no values are allocated."""
+    """List this rank's places in the checkpoint by parameter name, without values."""
     sequence_parallel = facts.is_moe and groups.layout.tp > 1
     options = ModelOptions(dtype=dtype, sequence_parallel=sequence_parallel)
     with torch.device("meta"):
@@ -44,7 +44,7 @@ def meta_entries(
 
 
 def read_entry(entry: Entry, reader: CheckpointReader, like: Tensor) -> Tensor:
-    """The local parameter of one entry, read from the checkpoint."""
+    """Read the local parameter of one entry from the checkpoint."""
     values = torch.empty_like(like)
     for shard in with_values(entry, values):
         reader.fill(shard)
@@ -99,7 +99,7 @@ class CheckpointModel:
         self._reader.__exit__(*error)
 
     def _check_state(self, state: dict[str, Any]) -> None:
-        """Weights of ours know the model that they belong to."""
+        """Refuse a config of another model than the weights were written for."""
         for key, value in (state.get("model") or {}).items():
             if getattr(self.facts, key, None) != value:
                 raise FileError(
@@ -120,7 +120,7 @@ class CheckpointModel:
         return torch.empty(self._plans[name].shape, dtype=self.dtype, device="meta")
 
     def _mapped(self, name: str, like: Tensor, part: Tensor) -> Tensor | None:
-        """A part of parameter `name` straight from the file, where that has it in one piece.
+        """Map a part of parameter `name` from the file, where that has it in one piece.
 
         Args:
             like: the parameter's shape and type, on the meta device.
@@ -132,7 +132,7 @@ class CheckpointModel:
         return None
 
     def parameter(self, name: str) -> Tensor:
-        """One parameter of the uncut model; not to be written to (it may be the file itself)."""
+        """Return one parameter of the uncut model; not to be written to (it may be the file)."""
         like = self._like(name)
         values = self._mapped(name, like, like)
         if values is not None:
@@ -140,7 +140,7 @@ class CheckpointModel:
         return read_entry(self.entries[name], self._reader, torch.empty_like(like, device="cpu"))
 
     def unit_tensors(self, unit: Unit) -> Iterator[tuple[str, Tensor]]:
-        """HF tensors of one unit in HF's order; not to be written to (they may be the file)."""
+        """Yield a unit's HF tensors in HF's order; not to be written to (they may be the file)."""
         parts: dict[str, list[tuple[Piece, str]]] = {name: [] for name in unit.hf_names()}
         for rule in unit.rules:
             parameter_name = unit.megatron_name(rule, "local", self.facts, self._layout)
@@ -163,7 +163,7 @@ class CheckpointModel:
 def _assembled(
     shape: tuple[int, ...], pieces: list[tuple[Piece, str]], parameter: Tensor
 ) -> Tensor:
-    """An HF tensor from its pieces in one parameter; a view where that holds it in one piece."""
+    """Join an HF tensor of its pieces in a parameter; a view where that has it in one piece."""
     first = parameter[pieces[0][0].target]
     if first.shape == shape:
         return first

@@ -2,7 +2,7 @@
 
 For each local parameter: read its HF slices, write its chunks, forget it. A process holds one
 parameter, whatever the size of the model. The places of the chunks come from megatron-core's own
-model on the meta device, the slices from the one table in `hf_mapping`. Every value is checked to
+model on the meta device, the slices from the one table in `hf.mapping`. Every value is checked to
 be finite, and nothing is visible before all is written.
 """
 
@@ -115,7 +115,7 @@ def _write_shards(
 def _read_shards(
     entry: Entry, plan: ShardPlan, source: ModelSource, folder: SafetensorsFolder
 ) -> Iterator[ShardedTensor]:
-    """The shards of one parameter with their values: the HF file itself where it has them so."""
+    """Yield the shards of one parameter with values: the HF file itself where it has them so."""
     like = torch.empty(plan.shape, dtype=source.dtype, device="meta")
     shards = with_values(entry, like)
     pieces = [_piece_at(shard, plan, like) for shard in shards]
@@ -130,13 +130,13 @@ def _read_shards(
 
 
 def _piece_at(shard: ShardedTensor, plan: ShardPlan, like: Tensor) -> Piece | None:
-    """The piece that alone fills a shard of the parameter."""
+    """Return the piece that alone fills a shard of the parameter; None without one."""
     fits = (piece for piece in plan.pieces if is_same_place(shard.data, like[piece.target]))
     return next(fits, None)
 
 
 def _read_parameter(plan: ShardPlan, source: ModelSource, folder: SafetensorsFolder) -> Tensor:
-    """One local parameter from its HF slices, finite."""
+    """Read one local parameter from its HF slices; refuse one that is not finite."""
     values = torch.empty(plan.shape, dtype=source.dtype)
     fill_parameter(values, plan, folder)
     try:
