@@ -278,7 +278,7 @@ def verify_sizes(folder: Path) -> dict[str, Any] | None:
 def verify_hashes(
     folder: Path, records: Sequence[FileRecord], advance: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Do the thorough half: every one of these files has its hash.
+    """Check the thorough half: every one of these files has its hash.
 
     Args:
         advance: takes the number of bytes read, piece by piece.
