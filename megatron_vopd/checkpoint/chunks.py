@@ -49,11 +49,22 @@ class Chunk:
 
 
 def write_payload(file: OutputFile, tensor: Tensor) -> tuple[int, int]:
-    """Append one chunk as `torch.save` lays it out; returns its start and length in the file."""
+    """Append one chunk as `torch.save` lays it out; returns its start and length in the file.
+
+    Raises:
+        FileError: the file cannot be written.
+    """
     file.write(bytes(-file.size % _ALIGNMENT))
     start = file.size
     # A storage of exactly these values: torch.save would write all of a larger one.
-    torch.save(as_bytes(tensor).view(tensor.dtype).view(tensor.shape), file)  # type: ignore[arg-type]
+    values = as_bytes(tensor).view(tensor.dtype).view(tensor.shape)
+    try:
+        torch.save(values, file)  # type: ignore[arg-type]
+    except RuntimeError as error:
+        # An archive that cannot be closed hides why it could not be written.
+        if isinstance(error.__context__, FileError):
+            raise error.__context__ from None
+        raise
     return start, file.size - start
 
 
