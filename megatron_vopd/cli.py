@@ -6,7 +6,6 @@ import argparse
 import io
 import math
 import os
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,7 +50,7 @@ examples:
 _EXIT_HELP = """\
 Read status.json of the run and exit with 0 (done), 75 (stopped and saved: start it again),
 93 (do not start it again) or 1 (crashed, killed, or did not begin). Takes the configuration and
-the settings that were given to the training command; its own options are passed over."""
+the settings that were given to the training command, and ignores that command's options."""
 
 _DEMO_HELP = """\
 From nothing to a distilled student in one command, on real parts and two cores without a GPU: makes
@@ -60,13 +59,17 @@ start, and distils it on its own samples (four ranks, student tp 2 x pp 2, teach
 vLLM, a push of the weights after every step). The student is exported and answers once more in a
 vLLM that is started afresh on the export.
 
-Every part is the training command with a file of examples/arithmetic. Started again, the demo goes
-on from where it was.
+Every part is the training command with a file of examples/arithmetic. Started again, the demo
+resumes where it was.
 Exit status: 0 every bar was met, 1 one was not or a run failed, 2 a mistake, 130 interrupted."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one command; returns the exit status."""
+    """Run one command and return the exit status.
+
+    Args:
+        arguments: words after `vopd`; None: those of this process.
+    """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -85,7 +88,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
     """Make the parser of the command, and those of its subcommands by name.
 
-    Each subcommand sets `run`, which takes its options, and `takes`, said of an unknown argument.
+    Each subcommand sets `run`, which takes its options and returns the exit status, and `takes`,
+    the text that follows an unknown argument in its error message.
     """
     plain = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(
@@ -106,7 +110,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         help="write report.html of a run: curves of its metrics",
         description="Write RUN_DIR/report.html from RUN_DIR/metrics.jsonl: curves of accuracy, KL, "
         "entropy, variance ratio, lengths, gradient norm and times in one file that needs no "
-        "network. Works while the run goes on.",
+        "network. Works while the run is in progress.",
     )
     reporting.set_defaults(
         run=lambda given: report(given.run_dir), takes="vopd report takes one RUN_DIR"
@@ -138,7 +142,7 @@ def _add_exit_code(commands: Any) -> None:
     ending.add_argument(
         "--clear", action="store_true", help="before a start: forget how the last one ended"
     )
-    # Of the training command, which gets the same arguments.
+    # An option of the training command, which gets the same arguments.
     ending.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)
 
 
@@ -197,11 +201,11 @@ def _add_demo(commands: Any) -> None:
 
 
 def demo(options: argparse.Namespace) -> int:
-    """Run the demo; told to stop in whatever way, it ends what it has started."""
+    """Run the demo and return the exit status; SIGTERM and SIGHUP interrupt it as Ctrl-C does."""
     from megatron_vopd.demo.demo import DemoSettings, run_demo
+    from megatron_vopd.run.launch import interrupt_on_signals
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler)
+    interrupt_on_signals()
     settings = DemoSettings(
         Path(options.out),
         seed=options.seed,
@@ -215,12 +219,13 @@ def demo(options: argparse.Namespace) -> int:
 
 
 def config_table() -> int:
-    """Print all settings."""
+    """Print all settings as a Markdown table; returns the exit status."""
     print(config_table_markdown(), end="")
     return OK
 
 
 def _positive(text: str) -> float:
+    """Parse a finite number above 0; raises ValueError."""
     value = float(text)
     if not 0 < value < math.inf:
         raise ValueError(text)
@@ -228,10 +233,13 @@ def _positive(text: str) -> float:
 
 
 def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: float = 80.0) -> int:
-    """Print what `path` with `overrides` resolves to and everything that is wrong with it.
+    """Print what a configuration resolves to and every problem; return the exit status.
 
     Args:
-        gpu_memory: of one GPU, 10^9 bytes.
+        path: YAML file.
+        overrides: `section.key=value` each.
+        world_size: number of ranks; None: $WORLD_SIZE, else the fewest that the layouts need.
+        gpu_memory: memory of one GPU, 10^9 bytes.
     """
     console = _console()
     try:
@@ -256,7 +264,13 @@ def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: f
 
 
 def end_of_run(path: str, overrides: list[str], is_clearing: bool) -> int:
-    """Return what a launch script should end with; with `is_clearing`, whether that worked."""
+    """Return the exit status for a launch script, and print why on standard error.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value` each.
+        is_clearing: remove the status of an earlier start instead; OK if that worked.
+    """
     try:
         run_dir = run_dir_of(path, overrides)
         if is_clearing:
@@ -271,7 +285,7 @@ def end_of_run(path: str, overrides: list[str], is_clearing: bool) -> int:
 
 
 def report(run_dir: str) -> int:
-    """Write the report of a run, and say where it is."""
+    """Write the report of a run, print its path and return the exit status."""
     try:
         path, recorded = write_report(Path(run_dir))
     except UserError as error:
@@ -284,7 +298,7 @@ def report(run_dir: str) -> int:
 
 
 def _console() -> Console:
-    """Plain text that is never cut when the output is no terminal."""
+    """Make a console of plain text that never cuts lines unless the output is a terminal."""
     is_terminal = sys.stdout.isatty()
     return Console(
         file=sys.stdout,
@@ -297,6 +311,7 @@ def _console() -> Console:
 
 
 def _report(problems: Sequence[Problem]) -> int:
+    """Print one line per problem and their number on standard error; return MISTAKE."""
     sys.stdout.flush()
     for problem in problems:
         print(problem, file=sys.stderr)
@@ -306,7 +321,7 @@ def _report(problems: Sequence[Problem]) -> int:
 
 
 def _world_size(config: Config, given: int | None) -> tuple[int, str]:
-    """Number of ranks, and where it comes from; raises ConfigError."""
+    """Return the number of ranks and where it comes from; raises ConfigError."""
     if given is not None:
         return given, "--world-size"
     text = os.environ.get("WORLD_SIZE", "").strip()

@@ -1,9 +1,15 @@
-"""Objectives as pure functions from statistics to per-token coefficients; one dict line each.
+"""The objectives of papers A and B: pure functions from statistics to per-token coefficients.
 
-Everything here is per token, detached, and knows no device, rank or file. Notation and equation
-numbers: docs/how/method.md (A = arXiv 2605.07865, B = arXiv 2605.16826). The loss that the
-coefficients weight is in `Coefficients`; an objective is a row of OBJECTIVES, a baseline a row of
-BASELINES. Each has its word in the configuration, in config/method.
+A is vOPD (arXiv 2605.07865), B "Decoupling KL and Trajectories" (arXiv 2605.16826); the notation is
+that of docs/how/method.md. p is the student's distribution of the next token, q the teacher's, mu
+the rollout engine's, a the token of the response. Tensors are [T], one entry per response token;
+logarithms, entropies and KLs in nats. Nothing here knows a device, rank or file. A token's loss is,
+with detached coefficients g,
+
+    -g_A log p(a) + g_R KL(p || q) + g_F KL(q || p) + g_H H(p) + g_K topk_RKL
+
+An objective is a row of OBJECTIVES and a baseline a row of BASELINES; config/method holds the
+settings that select them.
 """
 
 from __future__ import annotations
@@ -25,11 +31,16 @@ class ObjectiveSettings:
     """Settings of the objectives, by the names that they have in the configuration.
 
     Attributes:
-        baseline: key of `advantages`, for objectives with an advantage.
-        reverse_weight: lambda of `mixed`.
-        importance, importance_cap: key of IMPORTANCE and its cap.
+        baseline: key of BASELINES, for objectives with an advantage.
+        reverse_weight: lambda of `mixed`, in [0, 1].
+        importance: key of IMPORTANCE.
+        importance_cap: largest weight of `truncate`; the band 1/cap to cap of `mask`; >= 1.
         entropy_gate: nats of teacher entropy above which FKL is added; None: off.
-        reward_floor: lambda in (0, 1) of the floor log(lambda) / (1 - lambda); None: off.
+        reward_floor: lambda in (0, 1) of the floor log(lambda) / (1 - lambda), for baseline `none`
+            only; None: off.
+
+    Raises:
+        ValueError: an unknown key, or a value out of range.
     """
 
     baseline: str
@@ -61,15 +72,15 @@ class ObjectiveSettings:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is minimised.
+    """An objective to minimise, with what the loss operator needs to compute it.
 
     Attributes:
         name: key of OBJECTIVES.
-        settings: its baseline, weights, gates.
-        topk: size of the student's top-k set; 0: none.
-        temperature: of both distributions; that of the rollouts.
+        settings: baseline, weights and gates.
+        topk: size of the student's top-k set; 0: no top-k statistics.
+        temperature: temperature of p and q, equal to that of the rollouts.
         chunk: response tokens whose logits exist at a time.
-        mode: `grad_in_forward` or `recompute` (see `linear_distill_loss`).
+        mode: `grad_in_forward` or `recompute`, an argument of `linear_distill_loss`.
     """
 
     name: str
@@ -81,27 +92,29 @@ class Objective:
 
     @property
     def row(self) -> ObjectiveRow:
-        """The row of OBJECTIVES; raises ValueError for an unknown name."""
+        """The row of OBJECTIVES under `name`; raises ValueError for an unknown name."""
         return row_of(self.name)
 
 
 def reward(stats: DistillStats) -> Tensor:
-    """r_t = log q(a) - log p(a), detached, full-vocabulary normalisers [T]."""
+    """Return r_t = log q(a) - log p(a) [T], normalised over the whole vocabulary; detached."""
     return (stats.teacher_logprob_T - stats.student_logprob_T).detach()
 
 
-def _topk(statistic: Tensor | None) -> Tensor:
+def _require_topk(statistic: Tensor | None) -> Tensor:
+    """Return a top-k statistic [T]; raises ValueError if none was computed."""
     if statistic is None:
         raise ValueError("topk: a top-k objective or baseline needs topk >= 1, got 0")
     return statistic
 
 
-# V(c_t), a function of the context alone; the advantage is r - V (A, Eq. 10).
+# V(c_t) [T] depends on the context alone, so it leaves the gradient unbiased. `full` is the exact
+# value E_p[r] = -RKL (A, Eq. 9), `topk` the approximation of A; the last two are ours.
 BASELINES: dict[str, Callable[[DistillStats], Tensor]] = {
     "none": lambda stats: torch.zeros_like(stats.reverse_kl_T),
     "full": lambda stats: -stats.reverse_kl_T,
-    "topk": lambda stats: -_topk(stats.topk_reverse_kl_T),
-    "topk_tail": lambda stats: -_topk(stats.topk_tail_reverse_kl_T),
+    "topk": lambda stats: -_require_topk(stats.topk_reverse_kl_T),
+    "topk_tail": lambda stats: -_require_topk(stats.topk_tail_reverse_kl_T),
     "optimal": lambda stats: stats.optimal_baseline_T,
 }
 
@@ -110,11 +123,12 @@ def _advantage(name: str) -> Callable[[DistillStats], Tensor]:
     return lambda stats: (reward(stats) - BASELINES[name](stats)).detach()
 
 
-# Name of the baseline -> function from statistics to the detached advantage [T].
+# Name of the baseline -> function from statistics to the detached advantage A_t = r_t - V(c_t) [T]
+# (A, Eq. 10).
 advantages = {name: _advantage(name) for name in BASELINES}
 
 
-# rho -> w (docs/how/method.md section 4); N, the token count, does not change with the mask.
+# (rho, cap) -> w [T] (docs/how/method.md section 4). Masked tokens count in the token mean, too.
 IMPORTANCE: dict[str, Callable[[Tensor, float], Tensor]] = {
     "none": lambda ratio, cap: torch.ones_like(ratio),
     "truncate": lambda ratio, cap: ratio.clamp(max=cap),
@@ -123,22 +137,26 @@ IMPORTANCE: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def importance_ratio(stats: DistillStats, rollout_logprob_T: Tensor) -> Tensor:
-    """rho_t = p(a) / mu(a), mu the engine's probability when it sampled; detached [T]."""
+    """Return rho_t = p(a) / mu(a) [T], mu(a) as it was when the engine sampled; detached."""
     return (stats.student_logprob_T.detach() - rollout_logprob_T).exp()
 
 
 def floored_reward(reward_T: Tensor, reward_floor: float) -> Tensor:
-    """max(r, log(lambda) / (1 - lambda)) (Relaxed OPD, arXiv 2603.11137; plain OPD only)."""
+    """Return max(r, log(lambda) / (1 - lambda)) [T], for plain OPD only.
+
+    This is the floor of Relaxed OPD (arXiv 2603.11137); lambda is `reward_floor`, in (0, 1).
+    """
     return reward_T.clamp(min=math.log(reward_floor) / (1 - reward_floor))
 
 
 def mismatch_terms(
     stats: DistillStats, settings: ObjectiveSettings, rollout_logprob_T: Tensor
 ) -> dict[str, Tensor]:
-    """Per-token terms [T] of the `mismatch/*` metrics; their means over all tokens are logged.
+    """Compute the per-token terms [T] whose means over the tokens are the `mismatch/*` metrics.
 
-    `baseline_residual` bounds the bias that a weight w != rho leaves through the baseline b:
-    2 (1 - p(a)) |w - rho| |b|; its scale is `weighted_advantage`, w |A|.
+    `baseline_residual` is 2 (1 - p(a)) |w - rho| |V|, which bounds the bias that a weight w != rho
+    leaves through the baseline; `weighted_advantage`, w |A|, is its scale. `kl`, rho - 1 - log rho,
+    estimates KL(mu || p). Tokens whose log mu(a) is NaN are the caller's to leave out.
     """
     ratio = importance_ratio(stats, rollout_logprob_T)
     weight = IMPORTANCE[settings.importance](ratio, settings.importance_cap)
@@ -154,14 +172,17 @@ def mismatch_terms(
 
 
 def _constant(stats: DistillStats, **weights: float) -> Coefficients:
-    """The same coefficients for every token; those not named are 0."""
+    """Return coefficients [T] that are equal for all tokens; those not named are 0."""
     like = stats.student_logprob_T.detach()
     names = ("policy", "reverse", "forward", "entropy", "topk")
     return Coefficients(**{name: torch.full_like(like, weights.get(name, 0.0)) for name in names})
 
 
 def sampled(stats: DistillStats, settings: ObjectiveSettings) -> Coefficients:
-    """-A log p(a) (A, Eq. 10): unbiased for grad RKL with every baseline."""
+    """Return the coefficients of -A log p(a) (A, Eq. 10): unbiased for grad RKL, whatever the V.
+
+    That holds for tokens sampled from p itself, and without a `reward_floor`.
+    """
     if settings.reward_floor is None:
         advantage_T = advantages[settings.baseline](stats)
     else:
@@ -170,29 +191,29 @@ def sampled(stats: DistillStats, settings: ObjectiveSettings) -> Coefficients:
 
 
 def reverse(stats: DistillStats, settings: ObjectiveSettings) -> Coefficients:
-    """Exact RKL over the full vocabulary."""
+    """Return the coefficients of the exact RKL, KL(p || q) over the whole vocabulary."""
     return _constant(stats, reverse=1.0)
 
 
 def forward(stats: DistillStats, settings: ObjectiveSettings) -> Coefficients:
-    """Exact FKL over the full vocabulary."""
+    """Return the coefficients of the exact FKL, KL(q || p) over the whole vocabulary."""
     return _constant(stats, forward=1.0)
 
 
 def mixed(stats: DistillStats, settings: ObjectiveSettings) -> Coefficients:
-    """lambda RKL + (1 - lambda) FKL (B)."""
+    """Return the coefficients of lambda RKL + (1 - lambda) FKL, lambda = `reverse_weight` (B)."""
     weight = settings.reverse_weight
     return _constant(stats, reverse=weight, forward=1 - weight)
 
 
 def topk_reverse(stats: DistillStats, settings: ObjectiveSettings) -> Coefficients:
-    """Renormalised RKL on the student's top-k: biased, the comparator of paper A."""
-    _topk(stats.topk_reverse_kl_T)
+    """Return the coefficients of the RKL renormalised on p's top-k: biased, A's comparator."""
+    _require_topk(stats.topk_reverse_kl_T)
     return _constant(stats, topk=1.0)
 
 
 def hard(stats: DistillStats, settings: ObjectiveSettings) -> Coefficients:
-    """-log p(a) on given tokens: ordinary supervised fine-tuning."""
+    """Return the coefficients of -log p(a) on given tokens: supervised fine-tuning."""
     return _constant(stats, policy=1.0)
 
 
@@ -201,10 +222,11 @@ class ObjectiveRow:
     """A row of OBJECTIVES.
 
     Attributes:
-        coefficients: from the statistics of tokens and the settings to their coefficients.
-        needs_teacher: whether it compares with a teacher.
-        has_advantage: whether `policy` is an advantage: the importance weight then multiplies it,
-            the task reward is added to it, and its mean and deviation are measured.
+        coefficients: function from the statistics of tokens and the settings to the tokens'
+            coefficients [T].
+        needs_teacher: True if the objective compares with a teacher.
+        has_advantage: True if `policy` is an advantage: the task reward is added to it, the
+            importance weight multiplies it, and its mean and deviation are measured.
     """
 
     coefficients: Callable[[DistillStats, ObjectiveSettings], Coefficients]
@@ -239,13 +261,15 @@ def coefficients(
     """Return the coefficients of objective `name`, with gate and importance weight applied.
 
     Args:
-        stats: of this chunk.
-        rollout_logprob_T: [T] log mu(a) of the same rows: an advantage is weighted by w(rho), its
-            baseline included; None: w = 1.
-        extra_advantage_T: [T] added to an advantage before the weight (task reward).
+        name: key of OBJECTIVES.
+        stats: statistics of a chunk of tokens.
+        settings: baseline, weights and gates.
+        rollout_logprob_T: [T] log mu(a): w(rho) multiplies the whole advantage, its baseline
+            included; None: w = 1.
+        extra_advantage_T: [T] task reward, added to an advantage before the weight; None: 0.
 
     Raises:
-        ValueError: unknown name, or a top-k objective without top-k statistics.
+        ValueError: unknown name, or a top-k objective or baseline without top-k statistics.
     """
     row = row_of(name)
     result = row.coefficients(stats, settings)
@@ -265,9 +289,10 @@ def coefficients(
 
 
 def group_advantages(rollouts: Sequence[Rollout], grades: Sequence[float]) -> list[float]:
-    """(grade - mean) / standard deviation over the samples of the same prompt; 0 where all agree.
+    """Return (grade - mean) / standard deviation over the samples of a prompt; 0 where all agree.
 
-    The deviation is the population's, so that the advantages of a group have variance one.
+    The deviation is the population's, so that the advantages of a group have variance one. Rollouts
+    may be in any order; those of equal `prompt_id` make a group. One number for each rollout.
     """
     groups: dict[str, list[float]] = {}
     for rollout, grade in zip(rollouts, grades, strict=True):

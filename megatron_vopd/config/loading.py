@@ -1,7 +1,7 @@
-"""From a YAML file and overrides to a Config, or to every mistake in them.
+"""The loader: YAML file and overrides in, a Config or every mistake in them out.
 
-Each mistake becomes one line that says what to change. All are reported together; what depends on
-an invalid value is left out.
+Each mistake becomes one line that says what to change. All are reported together, except those
+that depend on an invalid value.
 """
 
 from __future__ import annotations
@@ -24,9 +24,14 @@ _STAND_IN = "org/name"
 
 
 def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
-    """The configuration in the YAML file at `path` with `overrides` (`section.key=value`) set.
+    """Read the configuration at `path` and set `overrides` in it.
 
-    Raises ConfigError, whose `problems` holds every mistake.
+    Args:
+        path: YAML file.
+        overrides: `section.key=value` each, set left to right.
+
+    Raises:
+        ConfigError: `problems` holds every mistake.
     """
     data, problems = apply_overrides(read_mapping(path), overrides or [])
     config, more = _checked(data)
@@ -36,7 +41,7 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
 
 
 def build_config(data: dict[str, Any]) -> Config:
-    """The configuration given as nested plain values; raises ConfigError like load_config."""
+    """Build a configuration from nested plain values; raises ConfigError as load_config does."""
     config, problems = _checked(data)
     if config is None or problems:
         raise ConfigError(problems)
@@ -44,6 +49,7 @@ def build_config(data: dict[str, Any]) -> Config:
 
 
 def _checked(data: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
+    """Validate `data`: return a Config unless a value is invalid, and every problem."""
     data = _with_sections(data)
     try:
         config = Config.model_validate(data)
@@ -61,7 +67,7 @@ def _checked(data: dict[str, Any]) -> tuple[Config | None, list[Problem]]:
 
 
 def _with_sections(data: dict[str, Any]) -> dict[str, Any]:
-    """`data` where an empty section (`train:` with nothing below) is one without keys."""
+    """Return `data` with a mapping for each empty section (`train:` with nothing below it)."""
     optional = {"teacher", "teachers"}
     sections = [name for name in section_models() if name not in optional]
     result = {"student": {}, **data}
@@ -72,7 +78,7 @@ def _with_sections(data: dict[str, Any]) -> dict[str, Any]:
 
 
 def _repaired(data: dict[str, Any], details: list[ErrorDetails]) -> dict[str, Any]:
-    """`data` without its invalid values, so that the remaining ones can be checked."""
+    """Return `data` without its invalid values, so that the remaining ones can be checked."""
     result = {
         name: dict(section) if isinstance(section, dict) else section
         for name, section in data.items()
@@ -94,12 +100,12 @@ def _repaired(data: dict[str, Any], details: list[ErrorDetails]) -> dict[str, An
 
 
 def _setting(location: tuple[int | str, ...]) -> list[str]:
-    """The names on the way to a setting: a position inside a list is dropped."""
+    """Return the names that lead to a setting, without positions inside lists."""
     return [str(part) for part in location if isinstance(part, str)]
 
 
 def _model_at(parts: list[str]) -> type[BaseModel] | None:
-    """The section model that `parts` lead to; None for `teachers` and for what is no section."""
+    """Return the section model that `parts` lead to; None for `teachers` and for non-sections."""
     models = section_models()
     if not parts:
         return Config
@@ -109,7 +115,7 @@ def _model_at(parts: list[str]) -> type[BaseModel] | None:
 
 
 def _value_problem(detail: ErrorDetails) -> Problem:
-    """One line for one of pydantic's errors."""
+    """Turn one of pydantic's errors into a problem."""
     parts = _setting(detail["loc"])
     key = ".".join(parts)
     model = _model_at(parts[:-1])
@@ -147,7 +153,7 @@ def _is_number(text: str) -> bool:
 
 
 def _unknown_key(parts: list[str], model: type[BaseModel]) -> Problem:
-    """An unknown key with the nearest known one, in its section or in another."""
+    """Report an unknown key with the nearest known one, in its section or in another."""
     name = parts[-1]
     prefix = "".join(f"{part}." for part in parts[:-1])
     known = list(model.model_fields)

@@ -1,7 +1,7 @@
 """The settings of the method itself: objective, rollouts, curriculum.
 
-A row of ESTIMATORS says how an objective is asked for, a row of objectives.OBJECTIVES what it
-computes. Neither file may import the other; a test holds that they agree.
+A row of ESTIMATORS says which settings select an objective, a row of objectives.OBJECTIVES what
+it computes. Neither file may import the other; a test holds that they agree.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _PREFIX_EXPECTED = "student, teacher, dataset or a mapping of them to fractions 
 
 @dataclass(frozen=True)
 class Estimator:
-    """What the conditions between settings ask of an estimator.
+    """The traits of an estimator that the conditions between settings depend on.
 
     Attributes:
         objectives: direction -> key of objectives.OBJECTIVES; other directions are refused.
@@ -145,12 +145,12 @@ class ObjectiveSection(Section):
 
     @property
     def traits(self) -> Estimator:
-        """The row of the estimator."""
+        """The row of ESTIMATORS that `estimator` names."""
         return ESTIMATORS[self.estimator]
 
     @property
     def name(self) -> str:
-        """The key of objectives.OBJECTIVES."""
+        """The key of objectives.OBJECTIVES that `estimator` and `direction` select."""
         return self.traits.objectives[self.direction]
 
 
@@ -217,7 +217,7 @@ class CurriculumSection(Section):
         default=0.0,
         ge=0,
         lt=1,
-        description="Smoothing of the measured entropy; starts anew at each rung.",
+        description="Smoothing of the measured entropy; restarts at each rung.",
     )
     min_entropy: float | None = Field(
         default=None,
@@ -229,7 +229,8 @@ class CurriculumSection(Section):
         default=None,
         ge=0,
         le=1,
-        description="The same as a share of the first measurement; 0.5 when neither is given.",
+        description="Entropy to advance, as a share of the first measurement; 0.5 when neither "
+        "is given.",
     )
     held_out_prompts: Count = Field(
         default=64,

@@ -1,4 +1,4 @@
-"""Settings that were changed from their default but have no effect in this configuration."""
+"""Notices: settings changed from their default without effect here, and doubtful combinations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from megatron_vopd.errors import Notice
 
 
 def _unused(config: Config) -> Iterator[tuple[str, bool, str]]:
-    """(key, whether the configuration ignores it, when it would be used)."""
+    """Yield (key, True if this configuration ignores it, what would make it used)."""
     objective, curriculum, parallel = config.objective, config.curriculum, config.parallel
     sampled = objective.traits.has_advantage
     user = f"objective.estimator={estimators_with('has_advantage')}"
@@ -39,7 +39,7 @@ def _unused(config: Config) -> Iterator[tuple[str, bool, str]]:
 
 
 def notices(config: Config) -> list[Notice]:
-    """One notice for each setting that is ignored, and for a doubtful combination."""
+    """Return a notice for each changed setting that is ignored and each doubtful combination."""
     found: list[Notice] = []
     for key, ignored, user in _unused(config):
         value, default = config, None

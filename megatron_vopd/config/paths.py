@@ -22,7 +22,7 @@ _FOLDER_NAMES = re.compile(
 
 
 def _path_problem(key: str, text: str) -> Problem | None:
-    """What is wrong with a path or hub id: a path must exist, a hub id looks like org/name."""
+    """Return a problem unless `text` is an existing path or looks like a hub id org/name."""
     if is_local_path(text):
         if os.path.exists(text):
             return None
@@ -39,7 +39,7 @@ def _path_problem(key: str, text: str) -> Problem | None:
 
 
 def path_problems(config: Config) -> Iterator[Problem]:
-    """Every path or hub id of `config` that cannot be meant."""
+    """Yield a problem for each path of `config` that does not exist and each malformed hub id."""
     data = config.data
     paths = {"student.path": config.student.path, "data.train": data.train}
     paths["data.responses"] = data.responses

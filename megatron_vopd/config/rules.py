@@ -1,7 +1,7 @@
 """Conditions between settings: `problems(config)` returns every violation.
 
-A rule is one small generator in the tuple at the end. Conditions that need the size of the world
-are in world, those on files in paths.
+A rule is one small generator in the tuple at the end. Conditions on the number of ranks are in
+`world`, conditions on files in `paths`.
 """
 
 from __future__ import annotations
@@ -257,7 +257,7 @@ def _rollout(config: Config) -> Iterator[Problem]:
                 "http://host:port or https://host:port",
                 "write for example http://127.0.0.1:8000",
             )
-        elif rollout.engine == "server" and not (rollout.allow_remote or _is_here(url)):
+        elif rollout.engine == "server" and not (rollout.allow_remote or _is_loopback(url)):
             yield Problem(
                 "rollout.urls",
                 shown(url),
@@ -275,7 +275,7 @@ def _rollout(config: Config) -> Iterator[Problem]:
         )
 
 
-def _is_here(url: str) -> bool:
+def _is_loopback(url: str) -> bool:
     return urlsplit(url).hostname in ("127.0.0.1", "localhost", "::1")
 
 
@@ -354,5 +354,5 @@ RULES = (
 
 
 def problems(config: Config) -> list[Problem]:
-    """Every condition between keys that `config` violates."""
+    """Return a problem for each condition between settings that `config` violates."""
     return [problem for rule in RULES for problem in rule(config)]

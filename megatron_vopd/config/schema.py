@@ -1,6 +1,6 @@
 """Every setting: its section, type, range, default and meaning (docs/guide/configuration.md).
 
-A section validates its own values when it is built; conditions between keys are in rules.
+A section validates its own values when it is built; conditions between settings are in `rules`.
 Types are strict: no text for numbers, no numbers for text, no NaN and no infinity.
 """
 
@@ -254,33 +254,33 @@ class Config(Section):
 
     @property
     def scores_with_teacher(self) -> bool:
-        """Whether the objective compares with a teacher; `estimator: hard` needs labels only."""
+        """True if the objective compares with a teacher; `estimator: hard` needs labels only."""
         return self.objective.traits.needs_teacher
 
     @property
     def model_paths(self) -> dict[str, str]:
-        """Key of each model that the run needs -> its path or hub id; the student is first."""
+        """Key of each model that the run needs -> its path or hub id; the student first."""
         teachers = self.named_teachers if self.scores_with_teacher else {}
         return {"student": self.student.path} | {key: t.path for key, t in teachers.items()}
 
     @property
     def has_rollouts(self) -> bool:
-        """Whether training has responses sampled from the student."""
+        """True if training samples responses from the student."""
         return "student" in self.objective.prefix_fractions
 
     @property
     def evaluates(self) -> bool:
-        """Whether the run is evaluated; then it has engines, whatever it trains on."""
+        """True if the run is evaluated, which takes engines whatever it trains on."""
         return self.data.evaluation is not None and self.evaluation.interval > 0
 
     @property
     def max_response_tokens(self) -> int:
-        """The longest response that training can ask for."""
+        """Longest response that training can ask for, in tokens."""
         return self.curriculum.ladder[-1]
 
 
 def section_models() -> dict[str, type[Section]]:
-    """Section name -> its model, in the order of the documentation."""
+    """Return section name -> its model, in the order of the documentation."""
     hints = {name: field.annotation for name, field in Config.model_fields.items()}
     hints["teacher"] = TeacherSection
     return {name: hint for name, hint in hints.items() if _is_section(hint)}

@@ -1,4 +1,4 @@
-"""Settings as text: what a key accepts, the table for the README, the resolved file of a run."""
+"""Settings as text: what a key accepts, the table of the guide, the resolved file of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NAMES: dict[Any, str] = {int: "integer", float: "number", bool: "true or false"
 
 
 def expected_text(field: FieldInfo) -> str:
-    """What `field` accepts, in words: `integer from 1 to 1024`, `one of a, b`, `number > 0`."""
+    """Describe what `field` accepts: `integer >= 1 and <= 1024`, `one of a, b`, `number > 0`."""
     extra = field.json_schema_extra
     if isinstance(extra, dict) and "values" in extra:
         return str(extra["values"])
@@ -62,19 +62,19 @@ def _range_text(metadata: typing.Iterable[Any]) -> str:
 
 
 def default_text(field: FieldInfo) -> str:
-    """The default of `field` as it would be written in the file, or `required`."""
+    """Return the default of `field` as it would be written in the file, or `required`."""
     if field.is_required():
         return "required"
     return as_yaml(field.get_default(call_default_factory=False))
 
 
 def as_yaml(value: Any) -> str:
-    """A plain value on one line, readable by the configuration's own parser."""
+    """Write a plain value on one line that the configuration's parser reads back."""
     return json.dumps(value, ensure_ascii=False)
 
 
 def config_table_markdown() -> str:
-    """The settings as one Markdown table."""
+    """Return all settings as one Markdown table (docs/guide/configuration.md holds it)."""
     rows = ["| setting | values | default | meaning |", "| --- | --- | --- | --- |"]
     for section, model in section_models().items():
         for key, field in model.model_fields.items():
@@ -89,7 +89,7 @@ def config_table_markdown() -> str:
 
 
 def resolved_yaml(config: Config) -> str:
-    """`config` with every key written out; load_config reads it back to an equal Config."""
+    """Return `config` as YAML with every key; load_config reads it back to an equal Config."""
     lines: list[str] = []
     for section, values in config.model_dump(mode="json").items():
         if not isinstance(values, dict) or section == "teachers":

@@ -10,7 +10,7 @@ from pydantic_core import PydanticCustomError
 
 
 def invalid(expected: str, remedy: str) -> PydanticCustomError:
-    """An error of a field that explains itself; config turns it into a line."""
+    """Return the error for a field validator to raise; `loading` turns it into a Problem."""
     return PydanticCustomError(
         "explained", "expected {expected}", {"expected": expected, "remedy": remedy}
     )
@@ -23,7 +23,7 @@ def _printable(text: str) -> str:
 
 
 def tuple_from_list(value: Any) -> Any:
-    """YAML lists as tuples, so that a frozen section holds no mutable value."""
+    """Convert a YAML list to a tuple, so that a frozen section holds no mutable value."""
     return tuple(value) if isinstance(value, list) else value
 
 
@@ -40,6 +40,6 @@ Dtype = Literal["bf16", "fp32"]
 
 
 class Section(BaseModel):
-    """Base of all sections: frozen, strict, no unknown keys."""
+    """The base of all sections: frozen, strict, without unknown keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)

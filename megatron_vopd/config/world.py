@@ -12,18 +12,18 @@ MAX_WORLD_SIZE = 2**20
 
 
 def student_layout(config: Config, world_size: int) -> Layout:
-    """The student's cut of the world; raises LayoutError."""
+    """Return the student's layout of the world; raises LayoutError."""
     parallel = config.parallel
     return Layout(world_size, parallel.tp, parallel.pp, parallel.cp, parallel.ep)
 
 
 def teacher_layout(teacher: TeacherSection, world_size: int) -> Layout:
-    """A teacher's own cut of the same world; raises LayoutError."""
+    """Return a teacher's layout of the same world (cp 1); raises LayoutError."""
     return Layout(world_size, teacher.tp, teacher.pp, 1, teacher.ep)
 
 
 def layouts(config: Config, world_size: int) -> dict[str, Layout]:
-    """`student`, then each scoring teacher by its key -> layout; raises LayoutError."""
+    """Return `student`, then the key of each scoring teacher -> layout; raises LayoutError."""
     result = {"student": student_layout(config, world_size)}
     if config.scores_with_teacher:
         for key, teacher in config.named_teachers.items():
@@ -32,7 +32,7 @@ def layouts(config: Config, world_size: int) -> dict[str, Layout]:
 
 
 def smallest_world(config: Config) -> int:
-    """The fewest ranks that student and teachers all divide (may exceed MAX_WORLD_SIZE)."""
+    """Return the smallest world that every layout divides (may exceed MAX_WORLD_SIZE)."""
     parallel = config.parallel
     sizes = [parallel.tp * parallel.pp * parallel.cp, parallel.pp * parallel.ep]
     if config.scores_with_teacher:
@@ -42,12 +42,12 @@ def smallest_world(config: Config) -> int:
 
 
 def world_problems(config: Config, world_size: int) -> list[Problem]:
-    """Every reason why `config` cannot run on `world_size` ranks."""
+    """Return every reason why `config` cannot run on `world_size` ranks."""
     return cut_problems(config, world_size) or _batch_problems(config, world_size)
 
 
 def cut_problems(config: Config, world_size: int) -> list[Problem]:
-    """Every layout that `world_size` ranks cannot be cut into."""
+    """Return a problem for each layout that `world_size` ranks cannot be divided into."""
     if not 1 <= world_size <= MAX_WORLD_SIZE:
         expected = f"1 to {MAX_WORLD_SIZE} ranks"
         remedy = "choose parallel and teacher sizes with a smaller common multiple, or --world-size"

@@ -76,7 +76,7 @@ class _Loader(yaml.SafeLoader):
         return refusal(self.place((event or self.peek_event()).start_mark), got, expected, remedy)
 
     def compose_node(self, parent: Any, index: Any) -> Any:
-        """Compose the next node; raises ConfigError for what no configuration holds."""
+        """Build the next node; raises ConfigError for anything that no configuration holds."""
         event: Any = self.peek_event()
         is_alias = isinstance(event, yaml.AliasEvent)
         node = self._aliased(event) if is_alias else self._composed(event, parent, index)
@@ -144,11 +144,12 @@ def parse_yaml(text: str, source: str, numbered: bool = True) -> Any:
     """Return the value of one YAML document.
 
     Args:
+        text: the document.
         source: name of the text in messages.
-        numbered: messages name the line, too.
+        numbered: True if messages also name the line.
 
     Raises:
-        ConfigError: what is wrong, in one line.
+        ConfigError: one problem, in one line.
     """
 
     def place(mark: Any) -> str:
@@ -211,7 +212,8 @@ def apply_overrides(
 ) -> tuple[dict[str, Any], list[Problem]]:
     """Set each `section.key=value`, left to right, in a copy of `data`.
 
-    Values follow the file's YAML rules. Returns the copy, and what is wrong with the others.
+    Values follow the file's YAML rules. Return the copy, and a problem for each override that
+    cannot be set.
     """
     result = _copied(data)
     problems: list[Problem] = []
@@ -224,7 +226,7 @@ def apply_overrides(
 
 
 def _copied(value: Any) -> Any:
-    """Return `value` with mappings of its own, each one apart even where an alias stood."""
+    """Copy nested mappings, so that two places that share one by an alias no longer do."""
     return {key: _copied(item) for key, item in value.items()} if isinstance(value, dict) else value
 
 

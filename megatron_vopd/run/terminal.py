@@ -31,6 +31,7 @@ from rich.progress import (
 from rich.progress import Progress as RichBars
 
 from megatron_vopd.rollout.engine import Progress
+from megatron_vopd.run.tool_options import is_first_rank
 
 # Labels, metrics and formats of a step's line.
 _STEP_FIGURES = (
@@ -43,13 +44,6 @@ _STEP_FIGURES = (
 )
 # Steps whose mean time says how long the others will take.
 _RECENT_STEPS = 20
-
-
-def is_first_rank() -> bool:
-    """Return whether this process is rank 0, or the only one."""
-    import torch.distributed as dist
-
-    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def say(text: str) -> None:

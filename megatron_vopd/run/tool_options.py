@@ -11,12 +11,18 @@ from collections.abc import Callable
 
 from megatron_vopd.errors import MISTAKE, UserError
 from megatron_vopd.hf.dtypes import CONFIG_DTYPES
-from megatron_vopd.run.terminal import is_first_rank
 
 # A comparison that was made, and found that two models differ.
 DIFFERENT = 1
 # --dtype -> name of the data type; None: as stored.
 DTYPE_NAMES = {None: None} | {row.config: row.name for row in CONFIG_DTYPES.values()}
+
+
+def is_first_rank() -> bool:
+    """Return whether this process is rank 0, or the only one."""
+    import torch.distributed as dist
+
+    return not dist.is_initialized() or dist.get_rank() == 0
 
 
 def tool_parser(summary: str, examples: str) -> argparse.ArgumentParser:

@@ -1,9 +1,10 @@
 """The loss of a packed row, and the schedule that runs it over a replica's rows.
 
-Nothing here knows an objective. On the student's last stage the operator multiplies both heads on
-this rank's columns, merges the statistics of a chunk of tokens over tp, and asks
-`objectives.coefficients` for the weights of the chunk's tokens: there the advantage A = r - V
-(arXiv 2605.07865, Eq. 10), the importance weight and every other objective are one line each.
+Nothing here knows an objective. On the student's last stage the operator `linear_distill_loss`
+multiplies both heads on this rank's columns, merges the statistics of a chunk of tokens over tp,
+and asks `objectives.coefficients` for the weights of the chunk's tokens: there the advantage
+A = r - V (arXiv 2605.07865, Eq. 10), the importance weight and every other objective are one line
+each.
 
 A row's loss is the sum over its response tokens, returned with their number; megatron-core divides
 the summed gradient by the number of all tokens of the step. So microbatches, data parallelism and
@@ -33,12 +34,16 @@ Sums = dict[str, Tensor]
 
 
 class RowLoss:
-    """The loss on this rank, with what it measured of the current step.
+    """The loss of this rank's rows, with its measurements of the current step.
 
     Attributes:
         operator_seconds: time inside the operator, both heads and their gradients included (on a
             GPU the time to launch it, since nothing waits for the device).
-        sums: of `metrics.token_sums` over those tokens.
+        sums: `metrics.token_sums` and `loss/mean`, added over the step's rows on this rank: 0-d
+            fp64; empty where the loss is not computed.
+
+    Raises:
+        ValueError: an objective that needs a teacher, without one.
     """
 
     def __init__(
@@ -54,11 +59,12 @@ class RowLoss:
     def forward_backward(
         self, replicas: Sequence[Sequence[Microbatch]], teacher_hidden: Sequence[Tensor]
     ) -> None:
-        """Gradients of the step's token mean into the gradient buffers; sets the attributes.
+        """Fill zeroed gradient buffers with the gradients of the token mean; set the attributes.
 
         Args:
-            replicas: the whole plan; this rank runs the rows of its replica, cut over cp.
-            teacher_hidden: from `teacher.score`; empty where the loss is not computed.
+            replicas: rows of each data-parallel replica; this rank runs its replica's, cut over cp.
+            teacher_hidden: teachers' hidden states [T, D] of each of these rows, from
+                `teacher.score`; empty where the loss is not computed.
         """
         student, at = self._student, self._student.groups.coordinates
         self.operator_seconds, self.sums = 0.0, {}
@@ -70,7 +76,7 @@ class RowLoss:
 
     @property
     def loss_sum(self) -> float:
-        """Sum of the losses of this rank's response tokens in the current step."""
+        """Sum of the losses of this rank's response tokens in the current step, nats."""
         return float(self.sums.get("loss/mean", 0.0))
 
     def _forward_step(self, iterator: Any, model: Any) -> Any:
@@ -81,7 +87,7 @@ class RowLoss:
     def _loss(
         self, row: Microbatch, teacher_hidden_TD: Tensor, output: Tensor
     ) -> tuple[Tensor, Tensor, Sums]:
-        """(sum over the row's response tokens, their number, metrics): megatron-core's contract."""
+        """Return (loss summed over the row's tokens, their number, {}), as megatron-core asks."""
         student, objective = self._student, self._objective
         hidden_TD = response_hidden(output, row, student.model, student.groups)
         teacher = self._teachers.get(row.teacher) if row.num_tokens else None
@@ -130,7 +136,10 @@ class RowLoss:
 
 
 def _rollout_logprob(stats: DistillStats, row: Microbatch) -> Tensor | None:
-    """log mu of the rows of `stats`; where no engine sampled, the student's own, for weight 1."""
+    """Return log mu(a) [T] of the tokens of `stats`; log p(a) where no engine sampled, so w = 1.
+
+    None: no token of the row was sampled by an engine.
+    """
     if row.rollout_logprob_T is None:
         return None
     own_T = stats.student_logprob_T.detach()
@@ -139,8 +148,8 @@ def _rollout_logprob(stats: DistillStats, row: Microbatch) -> Tensor | None:
 
 
 def _uniform(hidden_TD: Tensor, num_valid: int) -> tuple[Tensor, Tensor]:
-    """Hidden states and head of a teacher whose logits are all 0, one number wide.
+    """Make hidden states [T, 1] and head [V, 1] of a teacher whose logits are all 0.
 
-    For objectives without a teacher: the operator then costs what the student's head costs.
+    Without a teacher the operator then costs little more than the student's head.
     """
     return hidden_TD.new_zeros(len(hidden_TD), 1), hidden_TD.new_zeros(num_valid, 1)

@@ -1,10 +1,9 @@
-"""What a step reports: sums over tokens, made one by one exchange, then means and ratios.
+"""The metrics of a step: sums over tokens, added over ranks by one all-reduce; means and ratios.
 
 Each microbatch gives fp64 sums (`token_sums`), which add up over microbatches (`add_sums`). One
-all-reduce over the world adds the ranks that have something to say: those on the
-student's last stage with tp rank 0, so that no token counts twice. The vector has a fixed layout:
-no rank has to know what another one measured. Every rank ends with the same numbers, which the
-curriculum relies on.
+all-reduce over the world then adds the sums of the ranks on the student's last stage with tp rank
+0, so that no token counts twice; the others give zeros. The vector has a fixed layout, SUMS: no
+rank has to know what another one measured. Every rank ends with the same numbers.
 """
 
 from __future__ import annotations
@@ -43,8 +42,9 @@ def token_sums(
     """Return sums over the tokens of `stats`, 0-d fp64 on their device; zeros without tokens.
 
     Args:
-        objective: one with an advantage adds it; one without a teacher leaves out all that compares
-            with a teacher.
+        objective: its traits select GROUPS: `num_sampled` and `num_weighted` need an advantage,
+            `num_scored` and `num_topk` a teacher.
+        stats: statistics of the tokens.
         rollout_logprob_T: [T] log mu(a); NaN where no engine sampled the token, which then does not
             count in `mismatch/*`. None: no token was sampled by an engine.
     """
@@ -103,7 +103,7 @@ def _advantage_terms(objective: Objective, stats: DistillStats) -> dict[str, Ten
 def _mismatch_sums(
     objective: Objective, stats: DistillStats, rollout_logprob_T: Tensor
 ) -> dict[str, Tensor]:
-    """Return sums over the tokens that an engine sampled; of weights only where there are some."""
+    """Return sums over the tokens that an engine sampled; `num_weighted` needs an advantage."""
     known = ~rollout_logprob_T.isnan()
     if objective.row.has_advantage:
         terms = mismatch_terms(stats, objective.settings, rollout_logprob_T)
@@ -123,13 +123,15 @@ def add_sums(total: dict[str, Tensor], part: Mapping[str, Tensor]) -> None:
 
 
 def reduce_sums(sums: Mapping[str, Tensor], contributes: bool) -> dict[str, float]:
-    """The step's metrics, equal on every rank; one all-reduce of len(SUMS) fp64 over the world.
+    """Return the step's metrics, the same on every rank; all ranks of the world call it.
+
+    One all-reduce of len(SUMS) fp64 numbers crosses the wire.
 
     Args:
-        sums: of this rank's microbatches. The caller may add `loss/mean`, the loss summed over
-            the same tokens.
-        contributes: only on the student's last stage with tp rank 0, of every cp rank; elsewhere
-            `sums` is not read.
+        sums: sums over this rank's microbatches, 0-d. The caller may add `loss/mean`, the loss
+            summed over the same tokens.
+        contributes: True on the student's last stage with tp rank 0, on every cp rank; the values
+            of `sums` are not read elsewhere.
 
     Raises:
         ValueError: a key that is not one of SUMS.
@@ -174,17 +176,18 @@ def derived(sums: Mapping[str, float]) -> dict[str, float]:
 
 
 def _std(means: Mapping[str, float], name: str) -> float:
-    """sqrt(E[x^2] - E[x]^2); NaN when a value was."""
+    """Return sqrt(E[x^2] - E[x]^2); NaN if a value was NaN."""
     variance = means[f"{name}_squared"] - means[name] ** 2
     return math.sqrt(variance) if variance > 0 else abs(0.0 * variance)
 
 
 def _ratio(value: float, scale: float) -> float:
+    """Return value / scale; NaN for a scale of 0."""
     return value / scale if scale else math.nan
 
 
 def rollout_metrics(rollouts: Sequence[Rollout]) -> dict[str, float]:
-    """`rollout/*` of a step's responses: lengths in tokens, shares by how they ended."""
+    """Return `rollout/*` of a step's responses: lengths in tokens, shares by how they ended."""
     if not rollouts:
         return {}
     lengths = [len(rollout.response_ids) for rollout in rollouts]

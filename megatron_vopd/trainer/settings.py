@@ -1,4 +1,4 @@
-"""The numbers that a step is made of. run/settings fills them from a configuration."""
+"""The settings of a training step, which run/settings fills from a configuration."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ from megatron_vopd.objectives import Objective
 
 @dataclass(frozen=True)
 class StepSettings:
-    """The numbers that a step is made of, none with a default: those are the configuration's.
+    """The settings of a training step. None has a default: defaults are the configuration's.
 
     Attributes:
-        objective: what is minimised.
-        num_prompts, samples_per_prompt: responses of a step.
+        objective: objective to minimise.
+        num_prompts: prompts of a step.
+        samples_per_prompt: responses to each prompt.
         prefix_fractions: share of the prompts by source: student (an engine samples), teacher or
             dataset (given responses); the shares sum to 1.
-        temperature, top_p, stop_ids: how responses are drawn.
-        max_tokens_per_microbatch: longest row.
-        max_staleness: policy versions that rollouts may lag; 1 overlaps generation.
-        task_reward_weight: of the group-normalised grade in the advantage; 0: none.
-        spike_factor, max_consecutive_skips: of the step guard.
+        temperature, top_p: distribution from which an engine samples.
+        stop_ids: ids that end a response.
+        max_tokens_per_microbatch: longest packed row, in tokens.
+        max_staleness: policy versions that rollouts may lag, 0 or 1; 1 overlaps generation.
+        task_reward_weight: weight of the group-normalised grade in the advantage; 0: none.
+        spike_factor: multiple of the median gradient norm above which a step is skipped.
+        max_consecutive_skips: skipped steps in a row that end the run.
         deadline_seconds: longest wait for the rollouts of a step.
-        seed: of the run.
+        seed: seed of the run.
         replay_dir: where batches of skipped steps are written; None: nowhere.
     """
 
@@ -45,11 +48,11 @@ class StepSettings:
 
     @property
     def num_given(self) -> int:
-        """Responses of a step that are given, not sampled."""
+        """Number of responses of a step that are given, not sampled."""
         share = 1 - self.prefix_fractions.get("student", 0.0)
         return round(share * self.num_prompts) * self.samples_per_prompt
 
     @property
     def num_asked(self) -> int:
-        """Prompts of a step that an engine answers."""
+        """Number of prompts of a step that an engine answers."""
         return self.num_prompts - self.num_given // self.samples_per_prompt

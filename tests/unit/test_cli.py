@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from megatron_vopd import cli, train
 from megatron_vopd.config import config_table_markdown
+from megatron_vopd.demo import demo
 from megatron_vopd.errors import MISTAKE, OK
 
 Capture = pytest.CaptureFixture[str]
@@ -62,3 +65,36 @@ def test_exit_code_takes_whatever_the_training_command_takes(
     settings = ["data.train=a/d", f"run.dir={tmp_path}", "run.name=x"]
     given = [str(path), settings[0], *options, *settings[1:], "--clear"]
     assert cli.main(["exit-code", *given]) == OK, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize(
+    ("before", "during"),
+    [
+        (signal.SIG_DFL, signal.default_int_handler),
+        (signal.SIG_IGN, signal.SIG_IGN),
+    ],
+    ids=["interrupts", "ignored"],
+)
+def test_a_signal_interrupts_the_demo_unless_it_is_ignored(
+    number: signal.Signals,
+    before: signal.Handlers,
+    during: Any,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """`nohup vopd demo` outlives its terminal."""
+    seen = []
+
+    def run_demo(*_: object) -> int:
+        seen.append(signal.getsignal(number))
+        return OK
+
+    monkeypatch.setattr(demo, "run_demo", run_demo)
+    kept = {each: signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGHUP)}
+    signal.signal(number, before)
+    try:
+        assert cli.main(["demo"]) == OK
+    finally:
+        for each, handler in kept.items():
+            signal.signal(each, handler)
+    assert seen == [during]
