@@ -99,10 +99,11 @@ COLLECTIVES = {
 
 SOURCES = sorted(PACKAGE.rglob("*.py"))
 TOOLS = sorted((ROOT / "tools").glob("*.py"))
+TESTS = sorted((ROOT / "tests").rglob("*.py"))
 
 
 def place_of(path: Path) -> str:
-    """The path of a file within the package, without its ending: `run/log`."""
+    """Return the path of a file within the package, without its ending: `run/log`."""
     return path.relative_to(PACKAGE).with_suffix("").as_posix()
 
 
@@ -116,7 +117,7 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Dotted names of everything that is imported anywhere in a file."""
+    """List the dotted names of everything that is imported anywhere in a file."""
     names = set()
     for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
@@ -127,7 +128,7 @@ def imported_modules(path: Path) -> set[str]:
 
 
 def imported_rooms(path: Path) -> set[str]:
-    """The other rooms of the package that a file imports."""
+    """List the other rooms of the package that a file imports."""
     ours = {name for name in imported_modules(path) if is_under(name, "megatron_vopd")}
     rooms = {name.split(".")[1] for name in ours if "." in name}
     return rooms - {room_of(path), "__version__", "_C"}
@@ -258,6 +259,19 @@ def test_pure_modules_import_nothing_heavy(module: str) -> None:
     assert run.stdout.strip() == "[]"
 
 
+@pytest.mark.parametrize("path", TESTS, ids=lambda p: str(p.relative_to(ROOT)))
+def test_tests_import_public_names_only(path: Path) -> None:
+    for node in ast.walk(tree_of(path)):
+        if not isinstance(node, ast.ImportFrom):
+            continue
+        module = node.module or ""
+        if node.level == 0 and not any(is_under(module, own) for own in ("megatron_vopd", "tests")):
+            continue
+        for name in [*module.split("."), *(alias.name for alias in node.names)]:
+            assert not name.startswith("_") or name.endswith("__"), f"{module} {name}: is private"
+            assert not name.startswith("test_"), f"{module} {name}: share it in tests/support"
+
+
 def test_every_file_is_ascii() -> None:
-    for path in [*SOURCES, *TOOLS, *(ROOT / "tests").rglob("*.py")]:
+    for path in [*SOURCES, *TOOLS, *TESTS]:
         assert path.read_bytes().isascii(), path

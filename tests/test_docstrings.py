@@ -18,7 +18,7 @@ IDIOM = re.compile(r"\b(told|anew|goes on|go on|gone on|objections?)\b", re.IGNO
 
 
 def documented(path: Path) -> Iterator[tuple[ast.AST, str]]:
-    """(module, class or function, its docstring) of a file."""
+    """Yield (module, class or function, its docstring) of a file."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)

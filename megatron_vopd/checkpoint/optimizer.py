@@ -167,10 +167,7 @@ def optimizer_values(student: Student) -> Iterator[ShardedTensor]:
     A collective of the data-parallel groups for the distributed optimizer: every rank goes through
     it to the end, whatever happens to what it gets.
     """
-    slots = _slots(student)
-    _require_moments(slots)
-    for name, parameter, kind, entry in _places(student):
-        whole = _joined(slots[name], kind, parameter)
+    for _, _, entry, whole in whole_tensors(student):
         if is_saved_here(entry):
             yield from with_values(entry, whole)
 
@@ -184,6 +181,18 @@ def _joined(slot: Slot, kind: str, parameter: Tensor) -> Tensor:
     if own is not None:
         whole[slot.start : slot.start + own.numel()] = own.detach().view(-1)
     return join_slices(whole, slot.group).view(parameter.shape)
+
+
+@torch.no_grad()
+def whole_tensors(student: Student) -> Iterator[tuple[str, str, Entry, Tensor]]:
+    """Yield parameter name, kind, place and the whole tensor, one at a time on every rank.
+
+    A collective like `optimizer_values`; the order is the same on replicas.
+    """
+    slots = _slots(student)
+    _require_moments(slots)
+    for name, parameter, kind, entry in _places(student):
+        yield name, kind, entry, _joined(slots[name], kind, parameter)
 
 
 def optimizer_shards(student: Student) -> list[ShardedTensor]:

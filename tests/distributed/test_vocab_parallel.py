@@ -26,7 +26,7 @@ def problem(dtype=torch.float32):
 
 
 def exact(x, y, labels, temperature):
-    """fp64 statistics and gradients of the definition and of the top-k form."""
+    """Return fp64 statistics and gradients of the definition and of the top-k form."""
     leaf = x.double().requires_grad_()
     tempered, teacher = leaf / temperature, y.double() / temperature
     values = {f"{name}_T": v for name, v in reference.definition(tempered, teacher, labels).items()}
@@ -81,7 +81,7 @@ def test_statistics_and_gradients_equal_the_definition_at_every_tp(tp, kind):
 
 
 def dense_gradients(name, dtype):
-    """Loss and gradients of the same objective by autograd over whole fp64 logits."""
+    """Return loss and gradients of the same objective by autograd over whole fp64 logits."""
     hidden, weight, teacher_hidden, teacher_weight, labels = cases.linear_inputs(dtype)
     leaves = hidden.double().requires_grad_(), weight.double().requires_grad_()
     x, y = leaves[0] @ leaves[1].T, teacher_hidden.double() @ teacher_weight.double().T

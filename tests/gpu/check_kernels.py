@@ -32,7 +32,7 @@ MIXES = {
 
 
 def rows(kind: str, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Adversarial logits [8, vocab_size] on the CPU."""
+    """Make adversarial logits [8, vocab_size] on the CPU."""
     generator = torch.Generator().manual_seed(len(kind))
     x = torch.randn(8, vocab_size, generator=generator) * 3
     y = x + torch.randn(8, vocab_size, generator=generator)
@@ -66,7 +66,7 @@ def shards(vocab_size: int, tp: int) -> list[tuple[int, int]]:
 
 
 def merged(x, y, labels, bounds, kernels, temperature) -> list[Any]:
-    """Local statistics of every shard and their merge, as over ranks.
+    """Merge the local statistics of every shard, as over ranks.
 
     The teacher's shard is a view, so that its rows lie differently on 16 bytes than the student's.
     """
@@ -98,7 +98,7 @@ def check(
     device: torch.device = DEVICE,
     kernels: native.Kernels | None = None,
 ) -> list[str]:
-    """Complaints about one case."""
+    """Return the complaints about one case."""
     complaints = []
     x, y = (z.to(dtype) for z in rows(kind, vocab_size))
     labels = torch.tensor([0, vocab_size - 1, 5, 7, 9, 11, 100, 101])
@@ -142,7 +142,7 @@ def check(
 
 
 def check_linear(mode: str) -> list[str]:
-    """The LM-head entrance in bf16 against fp64 autograd, both on the device."""
+    """Compare the LM-head entrance in bf16 with fp64 autograd, both on the device."""
     generator = torch.Generator().manual_seed(3)
     shapes = ((48, 64), (2003, 64)) * 2
     tensors = [torch.randn(*s, generator=generator).bfloat16().to(DEVICE) for s in shapes]

@@ -9,6 +9,6 @@ from tests.support import harness
 
 @pytest.fixture
 def patient_world(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Engines take 10 s each to start on two quiet cores, and a minute on busy ones."""
+    """Wait longer: engines take 10 s each to start on two quiet cores, a minute on busy ones."""
     monkeypatch.setattr(harness, "WORLD_SECONDS", 900)
     monkeypatch.setattr(harness, "COLLECTIVE_SECONDS", 600)

@@ -33,7 +33,7 @@ LARGEST_TENSOR_BYTES = 65537 * 2048 * 2
 
 
 def write_big_model(folder: Path, num_layers: int = 13) -> Path:
-    """Random bf16 weights in one file; about 2.0 GiB with 13 layers."""
+    """Write random bf16 weights into one file; about 2.0 GiB with 13 layers."""
     folder.mkdir()
     config = CONFIG | {"num_hidden_layers": num_layers}
     (folder / "config.json").write_text(json.dumps(config))
@@ -54,7 +54,7 @@ def write_big_model(folder: Path, num_layers: int = 13) -> Path:
 
 @dataclass(frozen=True)
 class Usage:
-    """Of one command: seconds, and the peak of its anonymous memory (RssAnon) in MiB."""
+    """Seconds of one command, and the peak of its anonymous memory (RssAnon) in MiB."""
 
     seconds: float
     anonymous_mib: float
@@ -73,7 +73,7 @@ def run_measured(command: list[str], interval: float = 0.01) -> Usage:
 
 
 def _family(pid: int) -> list[int]:
-    """A process and all its descendants."""
+    """List a process and all its descendants."""
     found = [pid]
     for task in Path(f"/proc/{pid}/task").glob("*/children"):
         try:
@@ -84,7 +84,7 @@ def _family(pid: int) -> list[int]:
 
 
 def _anonymous_mib(pid: int) -> float:
-    """RssAnon; pages that a forked child still shares with its parent are counted twice."""
+    """Sum RssAnon; pages that a forked child shares with its parent are counted twice."""
     try:
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
             if line.startswith("RssAnon:"):

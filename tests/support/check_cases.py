@@ -42,7 +42,7 @@ optimizer: {learning_rate: 1e-6}
 
 
 def save_model(folder: Path, *, eos: Any = None, tokens: Any = None, **changes: Any) -> None:
-    """A model folder without weights: SHAPE with `changes` (None removes a key)."""
+    """Save a model folder without weights: SHAPE with `changes` (None removes a key)."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {key: value for key, value in {**SHAPE, **changes}.items() if value is not None}
     (folder / "config.json").write_text(json.dumps(config))
@@ -55,7 +55,7 @@ def save_model(folder: Path, *, eos: Any = None, tokens: Any = None, **changes: 
 
 
 def make_workplace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Makes `folder` current, with a sound config.yaml and the two models that it names."""
+    """Make `folder` current, with a sound config.yaml and the two models that it names."""
     monkeypatch.chdir(folder)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     save_model(folder / "student")
@@ -67,7 +67,7 @@ def make_workplace(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def run_check(
     capsys: pytest.CaptureFixture[str], *arguments: str, config: str = "config.yaml"
 ) -> tuple[int, str, list[str]]:
-    """`vopd check config ...` -> exit status, output, lines of standard error."""
+    """Run `vopd check config ...`; return status, output, lines of standard error."""
     status = main(["check", config, *arguments])
     captured = capsys.readouterr()
     assert "Traceback" not in captured.out + captured.err

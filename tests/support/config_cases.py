@@ -24,7 +24,7 @@ VALID: dict[str, Any] = {
 
 
 def with_values(settings: dict[str, Any]) -> dict[str, Any]:
-    """VALID with dotted `settings` replaced."""
+    """Return VALID with dotted `settings` replaced."""
     data = copy.deepcopy(VALID)
     for dotted, value in settings.items():
         *parents, key = dotted.split(".")

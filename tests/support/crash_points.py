@@ -1,4 +1,4 @@
-"""Ends a conversion at each of its file operations in turn, and looks at what is left.
+"""A conversion that ends at each of its file operations in turn, and what is left.
 
 A script, started by test_conversion_crash: it imports everything once and forks one child for each
 point. `kill`: SIGKILL just before the operation; `torn`: a write stores half of its bytes first;
@@ -24,7 +24,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 class Faults:
-    """Counts file operations from the moment it is armed, and strikes at one of them."""
+    """A count of file operations from the moment it is armed, which strikes at one of them."""
 
     def __init__(self, mode: str, strike_at: int) -> None:
         self.mode, self.strike_at = mode, strike_at
@@ -53,7 +53,7 @@ class Faults:
 
 
 def _convert(tool: str, source: Path, out: Path) -> Callable[[Faults, list[str]], int]:
-    """Runs the tool; gives its exit status."""
+    """Return an action that runs the tool and gives its exit status."""
 
     def action(faults: Faults, audited: list[str]) -> int:
         from tests.support.tools import load_tool
@@ -90,7 +90,7 @@ def _silenced() -> None:
 def strike(
     action: Callable[[Faults, list[str]], int], traceback_path: Path, mode: str, at: int
 ) -> dict[str, Any]:
-    """One forked run of `action`, which arms the faults that it is given.
+    """Run `action` once in a fork; it arms the faults that it is given.
 
     Returns:
         how it ended, and after how many operations when it was not struck.
@@ -119,7 +119,7 @@ def strike(
 
 
 def state_of(out: Path) -> str:
-    """absent, complete or partial."""
+    """Return absent, complete or partial."""
     from megatron_vopd.files.atomic_folder import verify_manifest
 
     if not os.path.lexists(out):
@@ -131,7 +131,7 @@ def state_of(out: Path) -> str:
 
 
 def enumerate_points(tool: str, source: Path, root: Path, mode: str) -> dict[str, Any]:
-    """Strike at every operation; returns the states found, and what a whole run does."""
+    """Try every operation; return the states found, and what a whole run does."""
 
     def one(out: Path, at: int) -> dict[str, Any]:
         return strike(_convert(tool, source, out), out.parent / "traceback", mode, at)
@@ -181,8 +181,8 @@ def main() -> None:
     import torch
 
     torch.set_num_threads(1)
+    import megatron_vopd.checkpoint.convert.to_hf  # noqa: F401
     import tests.support.preload  # noqa: F401
-    from megatron_vopd.checkpoint.convert import to_hf as hf_export  # noqa: F401
 
     for mode in modes:
         folder = Path(root) / mode

@@ -38,7 +38,7 @@ extern "C" void emulated_gradient(const Logits& a, const GradientInputs& b, void
 
 
 def translated(text: str) -> str:
-    """CUDA source as C++ for the emulation."""
+    """Return CUDA source as C++ for the emulation."""
     launch = r"([\w:]+(?:<\w+>)?)<<<(.*?)>>>\((.*?)\);"
     text = re.sub(launch, r"emulation::launch(\2, [=] { \1(\3); });", text, flags=re.DOTALL)
     shared = r"extern __shared__ ([\w ]+?) (\w+)\[\];"
@@ -50,7 +50,7 @@ def translated(text: str) -> str:
 
 
 def build(folder: Path) -> ctypes.CDLL:
-    """Compiles the emulated kernels into `folder`."""
+    """Build the emulated kernels in `folder`."""
     for source in (*CSRC.glob("cuda/*"), *CSRC.glob("*.h")):
         target = folder / source.relative_to(CSRC)
         target.parent.mkdir(exist_ok=True)
@@ -92,7 +92,7 @@ def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
 
 
 def kernels(library: ctypes.CDLL) -> Kernels:
-    """The operators' signatures over the emulated launchers."""
+    """Return functions with the operators' signatures over the emulated launchers."""
 
     def logits_of(x: Tensor, y: Tensor, labels: Tensor, num_valid: int, temperature: float) -> Any:
         strides = (x.stride(0), y.stride(0))

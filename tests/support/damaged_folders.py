@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from megatron_vopd.checkpoint.index import StoredTensor, index_bytes, read_index
-from tests.distributed.checkpoint.test_conversion import add_tokenizer
+from tests.support.tiny_models import add_tokenizer
 
 Q_PROJ, EMBED = "model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"
 QKV = "decoder.layers.self_attention.linear_qkv.weight"
@@ -28,7 +28,7 @@ Case = tuple[Damage, tuple[str, ...]]
 
 
 class Evil:
-    """Pickles to a call that leaves a file behind."""
+    """An object that pickles to a call, which leaves a file behind."""
 
     def __init__(self, folder: Path) -> None:
         self._command = f"touch {folder.parent / MARKER}"
@@ -109,7 +109,7 @@ def _only_bin(folder: Path) -> None:
 
 
 def _outside(folder: Path) -> Path:
-    """The weights moved out of the folder."""
+    """Move the weights out of the folder."""
     target = folder.parent / "outside.safetensors"
     shutil.move(folder / SINGLE, target)
     return target
@@ -120,7 +120,7 @@ def _link_out(folder: Path) -> None:
 
 
 def _other_model_in_the_cache(folder: Path) -> None:
-    """A hub cache whose link leads to the blobs of another model."""
+    """Make a hub cache whose link leads to the blobs of another model."""
     blobs = folder.parent / "models--other" / "blobs"
     blobs.mkdir(parents=True)
     shutil.move(folder / SINGLE, blobs / "x")
@@ -241,7 +241,7 @@ def _place(**changes: Any) -> Damage:
 
 
 def _flip(with_manifest: bool) -> Damage:
-    """One bit of one weight."""
+    """Change one bit of one weight."""
 
     def damage(folder: Path) -> None:
         chunk = read_index(folder)[QKV].chunks[1]
@@ -257,7 +257,7 @@ def _flip(with_manifest: bool) -> Damage:
 
 
 def unsigned(damage: Damage) -> Damage:
-    """Without the manifest, whose hashes would stop everything else first."""
+    """Remove the manifest first, whose hashes would stop everything else."""
 
     def both(folder: Path) -> None:
         (folder / "manifest.json").unlink()
@@ -271,7 +271,7 @@ def _evil_index(folder: Path) -> None:
 
 
 def _evil_inside_index(folder: Path) -> None:
-    """A sound index that carries a call in a field nobody needs."""
+    """Put a call into a field of a sound index that nobody needs."""
     with open(folder / ".metadata", "rb") as file:
         metadata = pickle.load(file)
     metadata.planner_data = Evil(folder)
@@ -279,7 +279,7 @@ def _evil_inside_index(folder: Path) -> None:
 
 
 def object_entry(folder: Path) -> None:
-    """An object entry, whose bytes in the .distcp file megatron-core would unpickle."""
+    """Add an object entry, whose bytes in the .distcp file megatron-core would unpickle."""
     from torch.distributed.checkpoint.filesystem import _StorageInfo
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -298,7 +298,7 @@ def object_entry(folder: Path) -> None:
 
 
 def _evil_chunk(folder: Path) -> None:
-    """A chunk whose pickled header calls a command."""
+    """Write a chunk whose pickled header calls a command."""
     tensors = read_index(folder)
     first, *rest = tensors[QKV].chunks
     buffer = io.BytesIO()

@@ -55,9 +55,9 @@ EP2_PP2 = Case("pp2-ep2", Layout(4, pp=2, ep=2))
 
 
 def settings(folder: str, log_path: str, **changes: Any) -> LocalSettings:
-    """A small engine; deadlines leave room for a busy machine."""
+    """Return a small engine's settings; deadlines leave room for a busy machine."""
     if changes.get("tp", 1) > 1:
-        # Workers are processes of vLLM's, which know our transfer by its entry point.
+        # Workers are processes of vLLM's, which know our plugin by its entry point.
         os.environ.update(with_plugin(Path(log_path).parent / "plugin"))
     values: dict[str, Any] = {
         "max_model_len": 256,
@@ -71,7 +71,7 @@ def settings(folder: str, log_path: str, **changes: Any) -> LocalSettings:
 
 
 def make_prompts(number: int, longest: int = 60, seed: int = 0) -> list[Prompt]:
-    """Prompts of 1 to `longest` random ids; some fill blocks of the engine's cache."""
+    """Make prompts of 1 to `longest` random ids; some fill blocks of the engine's cache."""
     generator = torch.Generator().manual_seed(seed)
     lengths = torch.randint(1, longest + 1, (number,), generator=generator).tolist()
     return [
@@ -81,7 +81,7 @@ def make_prompts(number: int, longest: int = 60, seed: int = 0) -> list[Prompt]:
 
 
 def make_collector(groups: Groups, engine: Any, push: Any = None) -> RolloutCollector:
-    """The collector of a run, for `sample` with prompts of the caller's."""
+    """Make the collector of a run, for `sample` with prompts of the caller's."""
     settings = step_settings(objective=objective("vopd_full"), num_prompts=1)
     return RolloutCollector(groups, engine, None, settings, VOCAB, "cpu", push=push)
 
@@ -98,7 +98,7 @@ class Student:
         self._steps = 0
 
     def train(self, learning_rate: float = 0.05) -> None:
-        """One step of gradient descent on fresh random tokens."""
+        """Take one step of gradient descent on fresh random tokens."""
         self._steps += 1
         generator = torch.Generator().manual_seed(self._steps)
         ids = torch.randint(0, VOCAB, (2, 25), generator=generator)
@@ -109,12 +109,12 @@ class Student:
                 parameter.sub_(learning_rate * parameter.main_grad)
 
     def score(self, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-        """See `tests.support.scoring.score`."""
+        """Score sequences as `tests.support.scoring.score` does."""
         return score(self.model, self.facts, self.groups, sequences)
 
 
 def worst_gap(student: Student, rollouts: list[Rollout] | None) -> tuple[float, int]:
-    """Largest |engine - trainer| log-prob of the leader's rollouts, and their tokens; collective.
+    """Return the leader's largest |engine - trainer| log-prob, and its tokens; collective.
 
     Args:
         rollouts: on the one leader; None on the other ranks.

@@ -18,7 +18,7 @@ from typing import Any
 warnings.filterwarnings("ignore")
 
 from megatron_vopd import train  # noqa: E402
-from megatron_vopd.checkpoint import sharded as checkpoint  # noqa: E402
+from megatron_vopd.checkpoint import sharded  # noqa: E402
 
 
 def _harm(fault: str) -> None:
@@ -46,7 +46,7 @@ def _armed(add: Any) -> Any:
 
 
 if __name__ == "__main__":
-    checkpoint.ShardFile.add = _armed(checkpoint.ShardFile.add)  # type: ignore[method-assign]
+    sharded.ShardFile.add = _armed(sharded.ShardFile.add)  # type: ignore[method-assign]
     train.longest_wait_seconds = lambda _: 30.0  # type: ignore[assignment]
     status = train.main()
     sys.stdout.flush()

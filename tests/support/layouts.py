@@ -47,7 +47,7 @@ MOE_CASES = (
 
 
 def enter(case: Case) -> Groups:
-    """On a rank: the CPU runtime and the student's groups of this layout."""
+    """On a rank: activate the CPU runtime; return the student's groups of this layout."""
     init_world("cpu")
     return student_groups(case.layout)
 
@@ -66,7 +66,7 @@ def build(
     dtype: torch.dtype = torch.float32,
     recompute: Any = "none",
 ) -> tuple[Any, ModelFacts]:
-    """On a rank: its shard of the model in `model_dir`, loaded."""
+    """On a rank: build and load its shard of the model in `model_dir`."""
     config, facts = read_config(model_dir)
     settings = ModelOptions(
         dtype=dtype, sequence_parallel=case.sequence_parallel, recompute=recompute

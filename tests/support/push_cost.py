@@ -45,7 +45,7 @@ EMBEDDING_BYTES = 151936 * 1024 * 2
 
 
 class Peak:
-    """Samples this process's memory, private and shared, while it is open."""
+    """A sampler of this process's memory, private and shared, while it is open."""
 
     def __enter__(self) -> Peak:
         self.start = self.highest = _resident_bytes()
@@ -65,7 +65,7 @@ class Peak:
 
 
 def _resident_bytes() -> int:
-    """Private memory, and all of each memory file that this process has open or mapped.
+    """Sum private memory, and all of each memory file that is open or mapped here.
 
     A file that several ranks hold is charged to each of them, whoever made and filled it.
     """
@@ -90,7 +90,7 @@ def _resident_bytes() -> int:
 
 
 def _copy_rate(num_bytes: int) -> float:
-    """GB/s of copying as many bytes within this process."""
+    """Return the GB/s of copying as many bytes within this process."""
     source = torch.ones(num_bytes // 8, dtype=torch.int64)
     target = torch.zeros_like(source)
     begin = time.monotonic()
@@ -129,7 +129,7 @@ def _measure(folder: str, log_path: str, tp: int, repeats: int) -> list[dict[str
 
 
 def measure(folder: Path, tp: int, repeats: int = 3) -> dict[str, float]:
-    """The fastest of the pushes, and the highest memory of any."""
+    """Return the fastest of the pushes, and the highest memory of any."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
     ranks = spawn(_measure, tp, str(folder), str(folder / "engine.log"), tp, repeats)

@@ -54,7 +54,7 @@ def load(model_dir: str | Path) -> Any:
 
 
 def response_logits(model: torch.nn.Module, rollout: Rollout) -> Tensor:
-    """Logits [T, V] that predict the response, from the unpadded sequence alone."""
+    """Compute the logits [T, V] that predict the response, from the unpadded sequence alone."""
     ids = [*rollout.prompt.ids, *rollout.response_ids]
     logits = model(torch.tensor([ids])).logits[0]
     first = len(rollout.prompt.ids) - 1
@@ -70,7 +70,7 @@ def token_losses(
     topk: int = 0,
     task_advantage: float = 0.0,
 ) -> tuple[Tensor, dict[str, float]]:
-    """Loss of every token [T], and sums of statistics.
+    """Compute the loss of every token [T], and sums of statistics.
 
     Args:
         kind: opd, vopd_full, vopd_topk, vopd_topk_tail, vopd_optimal (sampled); reverse, forward,
@@ -115,7 +115,7 @@ def token_losses(
 def _value(
     kind: str, log_p: Tensor, log_q: Tensor, student_TV: Tensor, teacher_TV: Tensor, topk: int
 ) -> Tensor:
-    """V(c_t) of the sampled estimators."""
+    """Return V(c_t) of the sampled estimators."""
     p = log_p.exp()
     reverse = (p * (log_p - log_q)).sum(-1)
     if kind == "opd":
@@ -151,7 +151,7 @@ def reference_step(
     task_advantages: Sequence[float] | None = None,
     adam: Adam | None = None,
 ) -> Reference:
-    """See the module docstring; `kind` as in `token_losses`."""
+    """Take one training step in this process; `kind` as in `token_losses`."""
     adam = adam or Adam()
     student = load(student_dir)
     teachers = {key: load(path) for key, path in teacher_dirs.items()}
@@ -208,7 +208,7 @@ def _updated(
 
 
 def _as_on_disk(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Experts by themselves, as checkpoints hold them; transformers stacks them in memory."""
+    """Separate experts, as checkpoints hold them; transformers stacks them in memory."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if not name.endswith(("experts.gate_up_proj", "experts.down_proj")):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_vopd.checkpoint.optimizer import _joined, _kinds, _slots
+from megatron_vopd.checkpoint.optimizer import whole_tensors
 from megatron_vopd.checkpoint.random_states import random_bytes
 from megatron_vopd.collectives import StopFlag
 from megatron_vopd.curriculum import EntropyGatedLength
@@ -96,12 +95,12 @@ def make(
 
 
 def resume_engine(made: Made) -> None:
-    """The engines get the weights of the version that was loaded, as a start does."""
+    """Push the weights of the version that was loaded into the engines, as a start does."""
     made.trainer.collector.push(made.trainer.policy_version)
 
 
 def raw_state(made: Made) -> dict[str, str]:
-    """Hashes of everything that this rank holds, as it lies in memory."""
+    """Hash everything that this rank holds, as it lies in memory."""
     found = {f"param {n}": digest(p) for n, p in made.student.bare.named_parameters()}
     optimizer = made.student.optimizer
     for number, member in enumerate(getattr(optimizer, "chained_optimizers", [optimizer])):
@@ -121,15 +120,13 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def whole_state(made: Made) -> dict[str, str]:
-    """Hashes of parameters and moments by HF name, whatever the layout."""
-    student, slots = made.student, _slots(made.student)
-    parameters = dict(student.bare.named_parameters())
-    kinds: dict[str, Callable[[str], torch.Tensor]] = {"param": lambda name: parameters[name]}
-    for kind in _kinds(next(iter(parameters.values()))):
-        kinds[kind] = lambda name, kind=kind: _joined(slots[name], kind, parameters[name])
+    """Hash parameters and moments by HF name, whatever the layout."""
+    student = made.student
+    shards = {"param": dict[str, torch.Tensor](student.bare.named_parameters())}
+    for name, kind, _, whole in whole_tensors(student):
+        shards.setdefault(kind, {})[name] = whole
     found = {}
-    for kind, of in kinds.items():
-        shards = {name: of(name) for name in parameters}
-        exported = export_tensors(shards, student.facts, student.groups)
+    for kind, of_kind in shards.items():
+        exported = export_tensors(of_kind, student.facts, student.groups)
         found |= {f"{kind} {name}": digest(tensor) for name, tensor in exported}
     return found

@@ -22,7 +22,7 @@ SIZES = (("max_position_embeddings", 512), ("head_dim", 32))
 
 
 def save_model(root: Path, name: str, seed: int, tied: bool = False, **sizes: Any) -> Path:
-    """A model with tokenizer in `root`/`name`."""
+    """Save a model with tokenizer in `root`/`name`."""
     overrides = tuple((dict(SIZES) | sizes).items())
     model = TinyModel("qwen3", tied, VOCAB_SIZE, overrides=overrides)
     model.save(root / f"{name}.raw", seed).rename(root / name)
@@ -31,7 +31,7 @@ def save_model(root: Path, name: str, seed: int, tied: bool = False, **sizes: An
 
 
 def save_records(path: Path, number: int = 24, **more: Any) -> Path:
-    """Prompts, with the fields `more` in each."""
+    """Write prompts, with the fields `more` in each."""
     records = [
         {"prompt": f"What is {i} + {i}?", "answer": str(2 * i), **more} for i in range(number)
     ]
@@ -40,7 +40,7 @@ def save_records(path: Path, number: int = 24, **more: Any) -> Path:
 
 
 def save_run(root: Path) -> Path:
-    """Two models, prompts, ready responses and `config.yaml` in `root`; returns the latter."""
+    """Save two models, prompts, responses and `config.yaml` in `root`; return the latter."""
     save_model(root, "student", 0, tied=True)
     save_model(root, "teacher", 1)
     settings = {
@@ -65,7 +65,7 @@ def save_run(root: Path) -> Path:
 
 
 def without_engine(root: Path) -> list[str]:
-    """Overrides under which a run trains on ready responses and starts no engine."""
+    """Return overrides under which a run trains on ready responses and starts no engine."""
     return [
         "objective.prefix=dataset",
         "objective.estimator=exact",
@@ -74,19 +74,19 @@ def without_engine(root: Path) -> list[str]:
 
 
 def command(num_ranks: int, *arguments: str, module: str = "megatron_vopd.train") -> list[str]:
-    """torchrun on this machine."""
+    """Return the command that starts torchrun on this machine."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     return [*launcher, "--nproc-per-node", str(num_ranks), "-m", module, *arguments]
 
 
 def environment() -> dict[str, str]:
-    """One thread a rank, and nothing but loopback."""
+    """Return an environment of one thread a rank, and nothing but loopback."""
     own = {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "TOKENIZERS_PARALLELISM": "false"}
     return {**os.environ, **own}
 
 
 def descendants(pid: int) -> set[int]:
-    """A process and all processes that descend from it."""
+    """List a process and all processes that descend from it."""
     found, stack = set(), [pid]
     while stack:
         at = stack.pop()
@@ -98,7 +98,7 @@ def descendants(pid: int) -> set[int]:
 
 @contextmanager
 def started(folder: Path, *arguments: str) -> Iterator[subprocess.Popen]:
-    """A command in the background; its output goes to `out` and `err` in `folder`."""
+    """Start a command in the background; its output goes to `out` and `err` in `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "out", "w") as out, open(folder / "err", "w") as err:
         process = subprocess.Popen(arguments, stdout=out, stderr=err, env=environment())

@@ -1,4 +1,4 @@
-"""Ends the save of a run's checkpoint at each of its file operations, and looks at what is left.
+"""The save of a run's checkpoint that ends at each of its file operations, and what is left.
 
 A script, started by test_save_crash. The run folder holds step_0 and step_1; retention removes the
 older one once step_2 is there. Scenarios: `new`: step_2 is saved; `again`: it is there already, and
@@ -20,7 +20,7 @@ OK, REFUSED = 0, 2
 
 
 def _saving(models: Path, run_dir: Path, steps: list[int], armed: bool) -> Callable:
-    """Saves a run as if it had made so many steps, the faults armed or not."""
+    """Return an action that saves a run as if it had made so many steps, armed or not."""
 
     def action(faults: Faults, audited: list[str]) -> int:
         from megatron_vopd.errors import UserError
@@ -50,7 +50,7 @@ def _saving(models: Path, run_dir: Path, steps: list[int], armed: bool) -> Calla
 
 
 def _said(run_dir: Path) -> Path:
-    """Where the line of a refused save is noted."""
+    """Return the path at which the line of a refused save is noted."""
     return run_dir.with_name(f"{run_dir.name}.said")
 
 
@@ -67,7 +67,7 @@ def _folder(template: Path, run_dir: Path, scenario: str) -> None:
 
 
 def _problem(run_dir: Path, scenario: str, mode: str, ended: dict[str, Any]) -> str:
-    """What is wrong with the run folder that was left; empty when nothing is."""
+    """Return what is wrong with the run folder that was left; empty when nothing is."""
     from megatron_vopd.run.folder import newest_valid, saved_steps
     from megatron_vopd.run.start import choose
 
@@ -95,7 +95,7 @@ def _problem(run_dir: Path, scenario: str, mode: str, ended: dict[str, Any]) -> 
 
 
 def enumerate_points(models: Path, template: Path, root: Path, scenario: str, mode: str) -> dict:
-    """Strike at every operation of one scenario."""
+    """Try every operation of one scenario."""
 
     def one(run_dir: Path, at: int) -> dict[str, Any]:
         _folder(template, run_dir, scenario)

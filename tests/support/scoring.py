@@ -21,7 +21,7 @@ def score(
     sequences: Sequence[Sequence[int]],
     sequence_parallel: bool = False,
 ) -> list[list[float]]:
-    """log p(ids[i] | ids[:i]) for i >= 1 of each sequence, on every rank; all replicas compute."""
+    """Return log p(ids[i] | ids[:i]) for i >= 1 of each sequence, on every rank; collective."""
     if not sequences:
         return []
     longest = max(map(len, sequences))

@@ -50,7 +50,7 @@ FAULTS = (
 
 
 class ScriptedEngine:
-    """See the module docstring.
+    """An engine that draws responses without a model, and misbehaves on request.
 
     Attributes:
         weights: name -> digest of every tensor of the last push.
@@ -85,7 +85,7 @@ class ScriptedEngine:
     def generate(
         self, prompts: Sequence[Prompt], sampling: Sampling, progress: Progress | None = None
     ) -> list[Rollout]:
-        """Samples of each prompt's distribution; a faulty call as asked for."""
+        """Sample from each prompt's distribution; make a call faulty as asked for."""
         fault = self._faults.get(self.num_generations)
         self.num_generations += 1
         self.wake()
@@ -123,7 +123,7 @@ class ScriptedEngine:
         )
 
     def logprobs(self, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> list[float]:
-        """The log-probs of a response under its prompt's distribution."""
+        """Return the log-probs of a response under its prompt's distribution."""
         weights = _weights(prompt_ids, self.vocab_size)
         total = math.log(sum(weights))
         return [math.log(weights[i]) - total for i in response_ids]
@@ -147,28 +147,28 @@ class ScriptedEngine:
     def probe_logprobs(
         self, sequences: Sequence[Sequence[int]], replica: int = 0
     ) -> list[list[float]]:
-        """The first id is the prompt."""
+        """Return the log-probs of a probe, whose first id is the prompt."""
         return [self.logprobs(ids[:1], ids[1:]) for ids in sequences]
 
     def refuse_weights(self, reason: str) -> None:
-        """No samples until the next push."""
+        """Refuse to sample until the next push."""
         self.policy_version = None
 
     def sleep(self) -> None:
-        """Noted only."""
+        """Record the call only."""
         self.is_asleep = True
 
     def wake(self) -> None:
-        """Noted only."""
+        """Record the call only."""
         self.is_asleep = False
 
     def close(self) -> None:
-        """Noted only."""
+        """Record the call only."""
         self.is_closed = True
 
 
 def _weights(prompt_ids: Sequence[int], vocab_size: int) -> list[float]:
-    """Unnormalised probabilities [V], within a factor of 20 of one another."""
+    """Return unnormalised probabilities [V], within a factor of 20 of one another."""
     draw = random.Random(repr(tuple(prompt_ids)))
     return [0.05 + 0.95 * draw.random() for _ in range(vocab_size)]
 
@@ -176,7 +176,7 @@ def _weights(prompt_ids: Sequence[int], vocab_size: int) -> list[float]:
 def _misbehave(
     rollouts: list[Rollout], fault: Fault, sampling: Sampling, vocab_size: int
 ) -> list[Rollout]:
-    """One fault, in the first rollout or between the first and the last."""
+    """Make one fault, in the first rollout or between the first and the last."""
     first, last, middle = rollouts[0], rollouts[-1], rollouts[1:-1]
     ids = first.response_ids
     assert first.rollout_logprobs is not None

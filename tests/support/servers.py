@@ -22,7 +22,7 @@ METADATA = "Metadata-Version: 2.1\nName: megatron-vopd-plugin\nVersion: 0\n"
 
 
 def free_ports(number: int) -> int:
-    """The first of `number` consecutive free ports."""
+    """Return the first of `number` consecutive free ports."""
     while True:
         sockets = [socket.socket() for _ in range(number)]
         try:
@@ -39,7 +39,7 @@ def free_ports(number: int) -> int:
 
 
 def with_plugin(folder: Path) -> dict[str, str]:
-    """Environment in which vLLM finds our entry point, also where the installation is older."""
+    """Return an environment in which vLLM finds our entry point, however old the installation."""
     found = importlib.metadata.entry_points(group=ENTRY_POINT_GROUP)
     paths = [str(ROOT)]
     if ENTRY_POINT not in {entry.value for entry in found}:
@@ -62,7 +62,7 @@ class Servers:
     log_dir: Path
 
     def pids(self) -> list[int]:
-        """Of the API servers, in the order of `urls`."""
+        """Return the process ids of the API servers, in the order of `urls`."""
         found = {}
         for entry in Path("/proc").iterdir():
             if entry.name.isdigit() and os.getsid(int(entry.name)) == self.session:
@@ -74,7 +74,7 @@ class Servers:
 
 @contextmanager
 def running_servers(model_dir: Path, folder: Path, number: int = 2) -> Iterator[Servers]:
-    """examples/servers/start.sh, as a user calls it; everything is ended afterwards."""
+    """Run examples/servers/start.sh, as a user calls it; end everything afterwards."""
     first = free_ports(number)
     environment = {
         **os.environ,

@@ -42,7 +42,7 @@ TOPK = 7
 
 
 def objective(kind: str, chunk: int = 16) -> Objective:
-    """The package's objective of that name; chunks are small, so that a row has several."""
+    """Return the package's objective of that name; chunks are small, so that a row has several."""
     name, changes = KINDS[kind]
     topk = TOPK if "topk" in kind else 0
     return replace(objective_named(name, topk, importance_cap=CAP, **changes), chunk=chunk)
@@ -56,7 +56,7 @@ def make_rollouts(
     teachers: Sequence[str] = ("teacher",),
     sampled: bool = True,
 ) -> list[Rollout]:
-    """Random prompts and responses with made-up engine log-probs; the last id occurs."""
+    """Make random prompts and responses with made-up log-probs; the last id occurs."""
     draw = random.Random(seed)
     rollouts = []
     for i in range(num):
@@ -71,7 +71,7 @@ def make_rollouts(
 
 
 class GivenRollouts:
-    """In the collector's place: the responses of each step are written down."""
+    """A stand-in for the collector, with the responses of each step written down."""
 
     def __init__(
         self, steps: Sequence[Sequence[Rollout]], grades: Sequence[float] | None = None
@@ -168,7 +168,7 @@ class Setup:
 
 
 class RecordingTrainer(Trainer):
-    """Keeps the gradient of a step, as it was before clipping, and its metrics."""
+    """A trainer that keeps the gradient of a step, before clipping, and its metrics."""
 
     gradients: dict[str, torch.Tensor]
     last_metrics: dict[str, float]
@@ -192,7 +192,7 @@ def make_trainer(
     make: Callable[..., Trainer] = RecordingTrainer,
     **changes: Any,
 ) -> Any:
-    """A trainer that goes through `steps`."""
+    """Make a trainer that goes through `steps`."""
     settings = step_settings(
         objective=objective(kind),
         num_prompts=len(steps[0]),
@@ -203,7 +203,7 @@ def make_trainer(
 
 
 def whole_gradients(student: Student) -> dict[str, torch.Tensor]:
-    """Gradients by HF name, on every rank; scattered ones are gathered first."""
+    """Return gradients by HF name, on every rank; scattered ones are gathered first."""
     buffers = [*student.model.buffers, *student.model.expert_parallel_buffers]
     for buffer in buffers:
         if student.model.ddp_config.use_distributed_optimizer:
@@ -217,14 +217,14 @@ def whole_gradients(student: Student) -> dict[str, torch.Tensor]:
 
 
 def whole_weights(student: Student) -> dict[str, torch.Tensor]:
-    """Weights by HF name, on every rank."""
+    """Return weights by HF name, on every rank."""
     shards = dict(student.bare.named_parameters())
     exported = export_tensors(shards, student.facts, student.groups)
     return {name: tensor.clone() for name, tensor in exported}
 
 
 def worst_error(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
-    """max over tensors of |found - expected| / max(|expected|, 1e-3 largest |expected|)."""
+    """Return max over tensors of |found - expected| / max(|expected|, 1e-3 largest |expected|)."""
     assert found.keys() == expected.keys(), sorted(found.keys() ^ expected.keys())
     floor = 1e-3 * max(float(tensor.norm()) for tensor in expected.values())
     return max(

@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def splits(vocab_size: int, tp: int, kind: str = "even") -> list[tuple[int, int]]:
-    """Contiguous shards: even (ceil), or uneven with an empty shard wherever tp allows one."""
+    """Return contiguous shards: even (ceil), or uneven with an empty one where tp allows it."""
     width = -(-vocab_size // tp)
     edges = [min(rank * width, vocab_size) for rank in range(tp + 1)]
     if kind == "uneven" and tp > 1:
@@ -35,7 +35,7 @@ def on_ranks(
     temperature: float = 1.0,
     topk: int = 0,
 ) -> list[Any]:
-    """`function(problem)` of every rank, in rank order; the problems share one exchange."""
+    """Return `function(problem)` of every rank, in order; the problems share one exchange."""
     barrier = threading.Barrier(len(bounds), timeout=60)
     slots: list[Tensor | None] = [None] * len(bounds)
     kernels = native.resolve(impl, CPU, dtype)
@@ -61,7 +61,7 @@ def on_ranks(
 
 
 def shard_of(logits_TV: Tensor, problem: autograd.Problem, surplus: int = 3) -> Tensor:
-    """This rank's columns with poisoned padding behind them, which nothing may read."""
+    """Return this rank's columns, and poisoned padding behind them that nothing may read."""
     own = logits_TV[:, problem.start : problem.stop]
     poison = torch.full((len(own), surplus), torch.nan, dtype=own.dtype)
     return torch.cat([own, poison], dim=1)

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 _SIZES: dict[str, Any] = {
@@ -84,5 +86,13 @@ class TinyModel:
 
 
 def reference_tensors(model_dir: Path) -> dict[str, torch.Tensor]:
-    """The checkpoint as it lies on disk."""
+    """Read the checkpoint as it lies on disk."""
     return load_file(model_dir / "model.safetensors")
+
+
+def add_tokenizer(folder: Path, num_tokens: int = 150) -> Path:
+    """Write a word-level tokenizer and a chat template beside the weights."""
+    vocabulary = {f"w{i}": i for i in range(num_tokens)}
+    Tokenizer(WordLevel(vocabulary, unk_token="w0")).save(str(folder / "tokenizer.json"))
+    (folder / "chat_template.jinja").write_text("{{ messages }}")
+    return folder

@@ -39,7 +39,7 @@ def save_tokenizer(folder: Path, template: str | None = TEMPLATE, begins: bool =
 
 
 def save_model_folder(folder: Path, eos: int | list[int] | None = IM_END) -> Path:
-    """A Qwen3 folder without weights, with the tokenizer."""
+    """Save a Qwen3 folder without weights, with the tokenizer."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "model_type": "qwen3",

@@ -26,7 +26,7 @@ class Ran:
 
 @functools.cache
 def load_tool(name: str) -> ModuleType:
-    """The module of tools/NAME.py."""
+    """Import tools/NAME.py as a module."""
     spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -37,10 +37,10 @@ def load_tool(name: str) -> ModuleType:
 
 def reuse_groups() -> None:
     """Let several runs of tools in one process share the groups of a layout."""
-    from megatron_vopd.megatron import groups as parallel
+    from megatron_vopd.megatron import groups
 
-    if not hasattr(parallel.student_groups, "cache_clear"):
-        parallel.student_groups = functools.cache(parallel.student_groups)  # type: ignore[assignment]
+    if not hasattr(groups.student_groups, "cache_clear"):
+        groups.student_groups = functools.cache(groups.student_groups)  # type: ignore[assignment]
 
 
 def run(name: str, *arguments: object) -> Ran:

@@ -12,6 +12,7 @@ from megatron.core.distributed import (
     DistributedDataParallelConfig,
     finalize_model_grads,
 )
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.tensor_parallel import (
     copy_to_tensor_model_parallel_region,
@@ -37,27 +38,27 @@ class Microbatch:
     packed: bool
 
     def rows(self) -> torch.Tensor:
-        """Token ids as the model takes them; the packed row is filled up to a multiple of 4."""
+        """Return token ids as the model takes them; a packed row is filled to a multiple of 4."""
         if not self.packed:
             return torch.stack([pad(ids, (0, ROW_LENGTH - len(ids))) for ids in self.sequences])
         row = torch.cat(self.sequences)
         return pad(row, (0, -len(row) % 4))[None]
 
     def lengths(self) -> list[int]:
-        """Of the sequences in a packed row; the filling is a sequence of its own."""
+        """Return the lengths of a packed row's sequences; the filling is one of its own."""
         lengths = [len(ids) for ids in self.sequences]
         filling = self.rows().numel() - sum(lengths)
         return [*lengths, filling] if filling else lengths
 
     def split(self, outputs: torch.Tensor) -> list[torch.Tensor]:
-        """Outputs [B, S, ...] of `rows()` cut back into sequences, without padding."""
+        """Split outputs [B, S, ...] of `rows()` into sequences, without padding."""
         if self.packed:
             return list(outputs[0].split(self.lengths()))[: len(self.sequences)]
         return [row[: len(ids)] for row, ids in zip(outputs, self.sequences, strict=True)]
 
 
 def make_microbatches(vocab_size: int, seed: int = 1) -> list[Microbatch]:
-    """One padded and one packed microbatch of random tokens; the last id occurs in each row."""
+    """Make one padded and one packed microbatch; the last id occurs in each row."""
     generator = torch.Generator().manual_seed(seed)
     batches = []
     for packed, lengths in ((False, (24, 13)), (True, (9, 1, 17, 12))):
@@ -72,16 +73,32 @@ def make_microbatches(vocab_size: int, seed: int = 1) -> list[Microbatch]:
 
 
 def wrap(model: Any, groups: Groups, **settings: Any) -> DistributedDataParallel:
-    """megatron-core's DDP, with gradients summed over tokens and divided by their number."""
+    """Wrap in megatron-core's DDP, gradients summed over tokens and divided by their number."""
     model.config.finalize_model_grads_func = finalize_model_grads
     config = DistributedDataParallelConfig(grad_reduce_in_fp32=True, **settings)
     return DistributedDataParallel(model.config, config, model)
 
 
+def make_optimizer(ddp: Any, distributed: bool) -> Any:
+    """Make megatron-core's Adam, whose epsilon is far above the rounding of a gradient."""
+    config = OptimizerConfig(
+        optimizer="adam",
+        lr=1e-3,
+        weight_decay=0.0,
+        # With the usual 1e-8 a gradient of rounding size moves its weight by a full step, in a
+        # direction that depends on the order of a sum.
+        adam_eps=1e-5,
+        clip_grad=1.0,
+        params_dtype=torch.float32,
+        use_distributed_optimizer=distributed,
+    )
+    return get_megatron_optimizer(config, [ddp])
+
+
 def vocabulary_logits(
     hidden: torch.Tensor, model: Any, facts: ModelFacts, groups: Groups, sequence_parallel: bool
 ) -> torch.Tensor:
-    """Hidden states [B, S(/tp), D] through the sharded head to whole logits [B, S, V]."""
+    """Apply the sharded head to hidden states [B, S(/tp), D]; return whole logits [B, S, V]."""
     if sequence_parallel and groups.layout.tp > 1:
         hidden = hidden.transpose(0, 1)
         hidden = gather_from_sequence_parallel_region(hidden, group=groups.tp).transpose(0, 1)
@@ -99,7 +116,7 @@ def forward_backward(
     sequence_parallel: bool,
     loss_sum: Callable[[torch.Tensor, Any, Microbatch], torch.Tensor] | None = None,
 ) -> list[list[torch.Tensor]]:
-    """Gradients of a token-mean loss into `main_grad`, over all data-parallel replicas.
+    """Add gradients of a token-mean loss to `main_grad`, over all data-parallel replicas.
 
     Args:
         loss_sum: hidden states, model, microbatch -> the sum over its tokens (cross-entropy).

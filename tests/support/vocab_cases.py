@@ -25,7 +25,7 @@ DIFFERENTIABLE += ("topk_reverse_kl_T",)
 
 
 def shard_of(vocab_size: int, kind: str) -> VocabShard:
-    """Even shards, or uneven ones of which rank 1's is empty."""
+    """Return even shards, or uneven ones of which rank 1's is empty."""
     size, rank = dist.get_world_size(), dist.get_rank()
     width = -(-vocab_size // size)
     edges = [min(r * width, vocab_size) for r in range(size + 1)]
@@ -37,7 +37,7 @@ def shard_of(vocab_size: int, kind: str) -> VocabShard:
 
 
 def counted(function: Any) -> tuple[Any, Counter]:
-    """The function's result, and how often it called each collective."""
+    """Return the function's result, and how often it called each collective."""
     calls: Counter = Counter()
 
     def counting(name: str) -> Any:
@@ -60,13 +60,13 @@ def counted(function: Any) -> tuple[Any, Counter]:
 
 
 def padded(columns: torch.Tensor, surplus: int = 2) -> torch.Tensor:
-    """Columns with poison behind them, a leaf."""
+    """Return a leaf of these columns with poison behind them."""
     poison = torch.full((len(columns), surplus), torch.nan, dtype=columns.dtype)
     return torch.cat([columns, poison], dim=1)
 
 
 def stats_and_gradients(x, y, labels, kind, topk, temperature, impl) -> dict[str, Any]:
-    """Every statistic, its gradient at this rank's columns, and the collectives of both passes."""
+    """Return statistics, their gradients at this rank's columns, collectives of both passes."""
     shard = shard_of(x.shape[1], kind)
     own = slice(shard.start, shard.stop)
     student, teacher = padded(x[:, own]).requires_grad_(), padded(y[:, own])
@@ -91,7 +91,7 @@ def stats_and_gradients(x, y, labels, kind, topk, temperature, impl) -> dict[str
 
 
 def linear_inputs(dtype: torch.dtype, vocab_size: int = 203, num_tokens: int = 24) -> Any:
-    """Hidden states, heads and labels of a small problem, the same on every rank."""
+    """Make hidden states, heads and labels of a small problem, the same on every rank."""
     generator = torch.Generator().manual_seed(5)
 
     def make(*shape: int) -> torch.Tensor:
@@ -104,7 +104,7 @@ def linear_inputs(dtype: torch.dtype, vocab_size: int = 203, num_tokens: int = 2
 
 
 def objective(name: str, rollout_logprob_T: torch.Tensor | None = None) -> Any:
-    """coefficients_fn of one row of the objectives, with per-token data sliced by the chunk."""
+    """Return coefficients_fn of a row of the objectives, per-token data sliced by the chunk."""
     settings = objective_settings(entropy_gate=4.0)
 
     def coefficients_fn(stats: Any) -> Any:
@@ -115,7 +115,7 @@ def objective(name: str, rollout_logprob_T: torch.Tensor | None = None) -> Any:
 
 
 def linear_against_stats(name, mode, chunk, dtype, hidden_gradient) -> dict[str, Any]:
-    """linear_distill_loss beside distill_stats + autograd on the same problem."""
+    """Run linear_distill_loss beside distill_stats + autograd on the same problem."""
     hidden, weight, teacher_hidden, teacher_weight, labels = linear_inputs(dtype)
     shard = shard_of(len(weight), "uneven")
     rank, size = dist.get_rank(), dist.get_world_size()
@@ -165,7 +165,7 @@ def linear_against_stats(name, mode, chunk, dtype, hidden_gradient) -> dict[str,
 
 
 def refused(case: str) -> str:
-    """The ValueError of a call in which one rank, the last, has something wrong."""
+    """Return the ValueError of a call in which one rank, the last, has something wrong."""
     x = torch.randn(5, 20)
     shard = shard_of(20, "even")
     bad = dist.get_rank() == dist.get_world_size() - 1

@@ -17,7 +17,7 @@ LADDER = (128, 256, 512, 1024)
 
 
 def trace(curriculum: Curriculum, entropies: Iterable[float], first_step: int = 1) -> list[int]:
-    """Lengths after each check, training from `first_step` with one measurement per due check."""
+    """Return lengths after each check from `first_step` on, one measurement per due check."""
     measured, lengths, step = iter(entropies), [], first_step
     while True:
         if curriculum.due(step):

@@ -12,8 +12,9 @@ import torch
 
 from megatron_vopd import objectives
 from megatron_vopd.config.method import ESTIMATORS, TOPK_BASELINES
-from megatron_vopd.objectives import BASELINES, OBJECTIVES, advantages
+from megatron_vopd.objectives import BASELINES, OBJECTIVES, advantages, group_advantages
 from megatron_vopd.ops import autograd, native, reference
+from megatron_vopd.types import Prompt, Rollout
 from tests.support.settings import objective_settings
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ K = 5
 
 
 def assert_exact(actual: Any, expected: Any) -> None:
-    """fp64 equality up to rounding: the bar of the specification."""
+    """Assert equality up to rounding in fp64: the bar of the specification."""
     torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -31,7 +32,7 @@ def problem(vocab_size: int, topk: int = K, temperature: float = 1.0) -> autogra
 
 
 def every_action(student_V, teacher_V, topk=K) -> tuple[Any, Any]:
-    """Statistics [V] fp64: row v is the same context with action v; and the logits' leaf."""
+    """Return statistics [V] in fp64 (row v: the same context, action v), and the logits' leaf."""
     vocab_size = len(student_V)
     leaf = student_V.expand(vocab_size, -1).clone().requires_grad_()
     labels = torch.arange(vocab_size)
@@ -77,7 +78,7 @@ def test_sampled_gradient_is_the_gradient_of_the_reverse_kl(name):
 
 
 def logit_space_variance(stats, name):
-    """E|A (e_a - p)|^2 up to the mean, which no baseline changes: E[A^2 |e_a - p|^2]."""
+    """Return E|A (e_a - p)|^2 up to the mean, which no baseline changes: E[A^2 |e_a - p|^2]."""
     p = probability(stats)
     norm = 1 - 2 * p + p.square().sum()
     return (p * advantages[name](stats).square() * norm).sum()
@@ -140,7 +141,7 @@ def test_topk_edges_one_is_zero_and_all_is_full():
 
 
 def closed_form(name, student, teacher, action):
-    """The loss of docs/how/method.md section 2 for one action, by plain torch."""
+    """Compute the loss of docs/how/method.md section 2 for one action, by plain torch."""
     log_q = teacher.log_softmax(0)
     ids = student.topk(K).indices
 
@@ -322,3 +323,14 @@ def test_importing_the_objectives_needs_neither_megatron_nor_vllm():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     )
     assert answer.stdout.strip() == "set()"
+
+
+def test_group_advantages_are_centred_with_unit_variance() -> None:
+    prompts = [Prompt(name, (1,)) for name in "abc"]
+    rollouts = [Rollout(p, s, (1,), None, "stop", -1) for p in prompts for s in range(4)]
+    grades = [0, 1, 1, 0, 5, 5, 5, 5, -1, 0, 2, 4]
+    values = group_advantages(rollouts, grades)
+    assert values[:4] == [-1, 1, 1, -1]
+    assert values[4:8] == [0, 0, 0, 0]
+    assert abs(sum(values[8:])) < 1e-12
+    assert abs(sum(v * v for v in values[8:]) / 4 - 1) < 1e-12

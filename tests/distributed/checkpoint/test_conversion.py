@@ -12,14 +12,12 @@ from typing import Any
 import pytest
 import torch
 from megatron.core import dist_checkpointing
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
 
 from megatron_vopd.checkpoint.sharded import CheckpointReader, entries, load_entries
 from megatron_vopd.hf.mapping import hf_tensors
 from tests.support.harness import spawn
 from tests.support.layouts import DENSE_CASES, MOE_CASES, Case, build, destroy_groups, enter
-from tests.support.tiny_models import DENSE, TinyModel
+from tests.support.tiny_models import DENSE, TinyModel, add_tokenizer
 from tests.support.tools import run
 
 DENSE_LAYOUTS = [case for case in DENSE_CASES if case.name in ("tp1", "tp2", "pp2", "tp2-pp2")]
@@ -37,14 +35,6 @@ def _variants(model_types: tuple[str, ...]) -> list[TinyModel]:
         for vocab_size in (160, 157)
         for dtype in ("float32", "bfloat16")
     ]
-
-
-def add_tokenizer(folder: Path, num_tokens: int = 150) -> Path:
-    """A word-level tokenizer and a chat template beside the weights."""
-    vocabulary = {f"w{i}": i for i in range(num_tokens)}
-    Tokenizer(WordLevel(vocabulary, unk_token="w0")).save(str(folder / "tokenizer.json"))
-    (folder / "chat_template.jinja").write_text("{{ messages }}")
-    return folder
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +65,7 @@ def _to_megatron(case: Case, model_dirs: list[Path]) -> int:
 
 
 def _load(case: Case, writer: Case, model_dirs: list[Path]) -> int:
-    """On a rank: what stock megatron-core and this library load, against the HF slices."""
+    """On a rank: compare what stock megatron-core and this library load with the HF slices."""
     groups = enter(case)
     for model_dir in model_dirs:
         folder = _checkpoint(model_dir, writer)
@@ -121,7 +111,7 @@ def _to_hf(case: Case, model_dirs: list[Path]) -> int:
 
 
 def _is_same_folder(model_dir: Path, back: Path) -> bool:
-    """Bits of every tensor, compared outside the library; names; bytes of config and tokenizer."""
+    """Compare every tensor's bits outside the library, names, bytes of config and tokenizer."""
     from safetensors.torch import load_file
 
     original = load_file(model_dir / "model.safetensors")
@@ -136,14 +126,14 @@ def _is_same_folder(model_dir: Path, back: Path) -> bool:
 
 
 def _round_trip(case: Case, model_dirs: list[Path], single: Case) -> tuple[int, int, int]:
-    """On a rank: the whole matrix of one layout."""
+    """On a rank: go through the whole matrix of one layout."""
     if case is not single and case.name != single.name:
         _to_megatron(case, model_dirs)
         destroy_groups()
     loaded = _load(case, case, model_dirs) + _load(case, single, model_dirs)
-    from megatron_vopd.megatron import groups as parallel
+    from megatron_vopd.megatron import groups
 
-    getattr(parallel.student_groups, "cache_clear", lambda: None)()
+    getattr(groups.student_groups, "cache_clear", lambda: None)()
     return loaded, _to_hf(case, model_dirs), len(model_dirs)
 
 

@@ -1,4 +1,4 @@
-"""The student's export while a file of it cannot be written: all ranks are told, none waits."""
+"""The student's export while a file of it cannot be written: all ranks raise, none waits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_vopd.checkpoint import export as student_export
+from megatron_vopd.checkpoint import export
 from megatron_vopd.errors import UserError
 from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.files.atomic_folder import Staging
@@ -26,8 +26,8 @@ def _export(model_dir: str, root: Path) -> tuple[str, bool]:
     groups = enter(CASE)
     model, facts = build(model_dir, CASE, groups)
     student: Any = SimpleNamespace(bare=model, facts=facts, groups=groups, options=ModelOptions())
-    student_export.MAX_FILE_BYTES = 50_000
-    student_export.export_student(student, model_dir, root / "whole")
+    export.MAX_FILE_BYTES = 50_000
+    export.export_student(student, model_dir, root / "whole")
     create = Staging.create
 
     def full(self: Staging, name: str) -> Any:
@@ -37,11 +37,11 @@ def _export(model_dir: str, root: Path) -> tuple[str, bool]:
 
     Staging.create = full
     with pytest.raises(UserError) as caught:
-        student_export.export_student(student, model_dir, root / "failed")
+        export.export_student(student, model_dir, root / "failed")
     return str(caught.value), (root / "failed").exists()
 
 
-def test_a_file_that_cannot_be_written_is_told_to_all_ranks(tmp_path: Path) -> None:
+def test_a_file_that_cannot_be_written_fails_all_ranks(tmp_path: Path) -> None:
     model_dir = TinyModel("qwen3").save(tmp_path)
     for message, exists in spawn(_export, 2, str(model_dir), tmp_path):
         assert "No space left" in message

@@ -26,7 +26,7 @@ MODEL = TinyModel("qwen3", True, VOCAB, overrides=(("num_hidden_layers", 2),))
 
 
 def _train_and_export(setup: Setup, root: Path) -> None:
-    """Two steps at tp2 in bf16, from a folder whose config says float32."""
+    """Train two steps at tp2 in bf16, from a folder whose config says float32; export."""
     init_world("cpu")
     made = make(replace(setup, dtype=torch.bfloat16), root / "run")
     for _ in range(2):
@@ -41,7 +41,7 @@ def _convert(*arguments: Path) -> Ran:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run folder; the model that it began with is gone."""
+    """Make the run folder; the model that it began with is gone."""
     root = tmp_path_factory.mktemp("converted")
     student, teacher = MODEL.save(root / "student", 0), MODEL.save(root / "teacher", 1)
     (student / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, 6]}))
@@ -82,8 +82,8 @@ def test_the_carried_files_are_under_the_manifest(trained: Path, tmp_path: Path)
         assert done.err.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
-def test_a_checkpoint_without_them_wants_to_be_told(trained: Path, tmp_path: Path) -> None:
-    """As runs wrote them before they carried their texts."""
+def test_a_checkpoint_without_them_needs_an_option(trained: Path, tmp_path: Path) -> None:
+    """Runs wrote such checkpoints before they carried their texts."""
     checkpoint = Path(shutil.copytree(trained / "checkpoints" / "step_2", tmp_path / "step_2"))
     shutil.rmtree(checkpoint / "hf")
     manifest = json.loads((checkpoint / MANIFEST_NAME).read_text())

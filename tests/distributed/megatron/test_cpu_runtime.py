@@ -12,11 +12,10 @@ from megatron.core import dist_checkpointing
 from megatron.core.tensor_parallel import get_cuda_rng_tracker
 
 from megatron_vopd.megatron.weights import export_weights
-from tests.distributed.megatron.test_training import _optimizer
 from tests.support.harness import spawn
 from tests.support.layouts import DENSE_CASES, MOE_CASES, Case, build, enter
 from tests.support.tiny_models import TinyModel
-from tests.support.training import forward_backward, make_microbatches, wrap
+from tests.support.training import forward_backward, make_microbatches, make_optimizer, wrap
 
 # Adam's moments in a form that any layout can load; the other forms pickle, or cannot be resharded.
 METADATA = {"distrib_optim_sharding_type": "fully_reshardable"}
@@ -27,7 +26,7 @@ def _steps(case: Case, model_dir: str, folder: str, load: bool, steps: int) -> d
     groups = enter(case)
     model, facts = build(model_dir, case, groups)
     ddp = wrap(model, groups, use_distributed_optimizer=True)
-    optimizer = _optimizer(ddp, distributed=True)
+    optimizer = make_optimizer(ddp, distributed=True)
 
     def state(is_loading: bool) -> dict:
         weights = model.sharded_state_dict(metadata=METADATA)
@@ -105,7 +104,7 @@ def test_random_states_fork_and_come_back() -> None:
 
 
 def _uneven_exchange() -> list[float]:
-    """Rank 0 sends 1 and 2 elements, rank 1 sends 3 and 0; splits as tensors, as dispatchers do."""
+    """Send 1 and 2 elements from rank 0, 3 and 0 from rank 1; the splits are tensors."""
     enter(DENSE_CASES[4])
     rank = dist.get_rank()
     sent = torch.full((3,), float(rank))

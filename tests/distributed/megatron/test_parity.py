@@ -58,7 +58,7 @@ def _reference(model_dir: Path, microbatches: list[Microbatch]) -> Reference:
 
 
 def _split_experts(gradients: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """transformers stacks a layer's experts in memory; its checkpoints hold them one by one."""
+    """Separate the experts, which transformers stacks in memory and not in checkpoints."""
     split = {}
     for name, gradient in gradients.items():
         if name.endswith("experts.gate_up_proj"):
@@ -88,7 +88,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Refer
 def relative_errors(
     gradients: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]
 ) -> dict[str, float]:
-    """Per parameter: norm of the difference over max(its norm, 1e-3 of the largest norm)."""
+    """Return per parameter: norm of the difference / max(its norm, 1e-3 of the largest)."""
     floor = 1e-3 * max(float(g.norm()) for g in reference.values())
     return {
         name: float((gradients[name] - g).norm()) / max(float(g.norm()), floor)
@@ -99,7 +99,7 @@ def relative_errors(
 def _compare(
     case: Case, references: list[Reference], mutant: bool = False, recompute: str = "none"
 ) -> list[dict]:
-    """On a rank: worst logit difference and gradient error of each model."""
+    """On a rank: return the worst logit difference and gradient error of each model."""
     groups = enter(case)
     worst = []
     for reference in references:

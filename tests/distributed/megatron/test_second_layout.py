@@ -79,7 +79,7 @@ def _score(model: Any, facts: Any, groups: Any, batches: list) -> list[list[torc
 def _score_everywhere(
     layouts: tuple[Layout, ...], folders: list[str], answers: list[list[list[torch.Tensor]]]
 ) -> list[float | None]:
-    """On a rank: worst logit difference per layout and model; None where it is no last stage."""
+    """On a rank: return the worst logit difference per layout and model (None: no last stage)."""
     build(folders[0], STUDENT, enter(STUDENT))
     worst: list[float | None] = []
     for layout in layouts:

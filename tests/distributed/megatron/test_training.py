@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch.nn.functional import cross_entropy
 
 from megatron_vopd.hf.mapping import ShardPlan, shard_parameters
@@ -16,7 +14,7 @@ from megatron_vopd.megatron.weights import export_weights
 from tests.support.harness import spawn
 from tests.support.layouts import DENSE_CASES, MOE_CASES, Case, build, enter
 from tests.support.tiny_models import DENSE, TinyModel
-from tests.support.training import forward_backward, make_microbatches, wrap
+from tests.support.training import forward_backward, make_microbatches, make_optimizer, wrap
 
 STEPS = 5
 MODELS = [TinyModel(kind, tied, 157) for kind in DENSE for tied in (False, True)]
@@ -34,27 +32,12 @@ class Run:
     exported: dict[str, torch.Tensor]
 
 
-def _optimizer(ddp: Any, distributed: bool) -> Any:
-    config = OptimizerConfig(
-        optimizer="adam",
-        lr=1e-3,
-        weight_decay=0.0,
-        # With the usual 1e-8 a gradient of rounding size moves its weight by a full step, in a
-        # direction that depends on the order of a sum.
-        adam_eps=1e-5,
-        clip_grad=1.0,
-        params_dtype=torch.float32,
-        use_distributed_optimizer=distributed,
-    )
-    return get_megatron_optimizer(config, [ddp])
-
-
 def _hash(tensor: torch.Tensor) -> str:
     return hashlib.sha256(tensor.detach().contiguous().numpy().tobytes()).hexdigest()
 
 
 def _train(case: Case, model_dirs: list[str], distributed: bool, mutant: bool = False) -> list[Run]:
-    """On a rank: five steps on each model."""
+    """On a rank: take five steps on each model."""
     groups = enter(case)
     runs = []
     for model_dir in model_dirs:
@@ -62,7 +45,7 @@ def _train(case: Case, model_dirs: list[str], distributed: bool, mutant: bool = 
         if mutant:
             model.config.qk_layernorm = False  # finalize_model_grads then leaves the norms unsummed
         ddp = wrap(model, groups, use_distributed_optimizer=distributed)
-        optimizer = _optimizer(ddp, distributed)
+        optimizer = make_optimizer(ddp, distributed)
         loss_sums, grad_norms, num_tokens = [], [], 0
         batches = make_microbatches(157)[groups.coordinates.dp :: groups.layout.dp]
         labels = [torch.cat(batch.labels) for batch in batches]
@@ -83,7 +66,7 @@ def _train(case: Case, model_dirs: list[str], distributed: bool, mutant: bool = 
 
 
 def _losses(case: Case, runs: list[Run]) -> list[float]:
-    """Token-mean loss of each step, from the ranks that computed it: tp rank 0 of last stages."""
+    """Return the token-mean loss of each step, from the ranks that computed it."""
     places = [case.layout.coordinates(rank) for rank in range(case.layout.world_size)]
     counted = [
         run
@@ -95,7 +78,7 @@ def _losses(case: Case, runs: list[Run]) -> list[float]:
 
 
 def _unequal_replicas(runs: list[Run]) -> set[str]:
-    """Parameters that should hold the same values on several ranks (equal plans) and do not."""
+    """Name the parameters that should be equal on several ranks (equal plans) and are not."""
     seen: dict[str, str] = {}
     return {
         plan.pieces[0].name
@@ -116,7 +99,7 @@ def model_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[str]]
 
 @pytest.fixture(scope="module")
 def single(model_dirs: dict[str, list[str]]) -> dict[str, list[Run]]:
-    """The runs of one process."""
+    """Run in one process."""
     return {
         "dense": spawn(_train, 1, DENSE_CASES[0], model_dirs["dense"], False)[0],
         "moe": spawn(_train, 1, MOE_CASES[0], model_dirs["moe"], False)[0],

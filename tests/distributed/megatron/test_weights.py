@@ -52,7 +52,7 @@ def _round_trip(case: Case, model_dirs: list[Path]) -> int:
 
 
 def _check_padding(model, facts, groups) -> None:
-    """Rows beyond the true vocabulary are zero, on the rank that has them."""
+    """Assert that rows beyond the true vocabulary are zero, on the rank that has them."""
     shard_rows = facts.padded_vocab_size(groups.layout.tp) // groups.layout.tp
     valid = max(0, min(shard_rows, facts.vocab_size - groups.coordinates.tp * shard_rows))
     if groups.is_first_stage:

@@ -44,7 +44,7 @@ PROBE = make_probe(VOCAB, num_sequences=2, length=9)
 
 
 def _expected(model: TinyModel, folder: Path) -> dict[str, str]:
-    """What a push must bring: the checkpoint, and the head of a tied model."""
+    """Return what a push must bring: the checkpoint, and the head of a tied model."""
     tensors = reference_tensors(folder)
     if model.tied:
         tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
@@ -52,7 +52,7 @@ def _expected(model: TinyModel, folder: Path) -> dict[str, str]:
 
 
 def _reference_scores(folder: Path) -> list[list[float]]:
-    """The log-probs of the probe by transformers: the trainer's own side of a push's proof."""
+    """Return the log-probs of the probe by transformers: the trainer's side of a push's proof."""
     from transformers import AutoModelForCausalLM
 
     reference: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
@@ -63,7 +63,7 @@ def _reference_scores(folder: Path) -> list[list[float]]:
 
 
 def _attempt(action: Any) -> Any:
-    """The result of `action`, or the message of its EngineError."""
+    """Return the result of `action`, or the message of its EngineError."""
     try:
         return action()
     except EngineError as error:
@@ -79,7 +79,7 @@ def _no_broadcasts() -> Iterator[None]:
 
 @contextmanager
 def _second_fails() -> Iterator[None]:
-    """The second layer finds no memory."""
+    """Find no memory for the second layer."""
     make_room, calls = Segment.make_room, itertools.count()
 
     def failing(self: Segment, *args: Any) -> Any:
@@ -92,7 +92,7 @@ def _second_fails() -> Iterator[None]:
 
 
 def _pushes(case: Case, folder: str) -> dict[str, Any]:
-    """On a rank: one push after another, with every kind of failure."""
+    """On a rank: push one time after another, with every kind of failure."""
     groups = enter(case)
     student, facts = build(folder, case, groups)
     leader = groups.is_leader

@@ -44,7 +44,7 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 @pytest.fixture(scope="module")
 def moe(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Setup:
-    """A student with experts, and the dense teacher."""
+    """Save a student with experts, and the dense teacher."""
     return replace(setup, student_dir=str(MOE.save(tmp_path_factory.mktemp("moe"), 2)))
 
 
@@ -53,7 +53,7 @@ def cut(setup: Setup, layout: Layout, **changes: Any) -> Setup:
 
 
 def _trained(made: Made, num_steps: int) -> list[dict[str, float]]:
-    """Metrics of every step but for times and memory."""
+    """Return the metrics of every step but for times and memory."""
     seen = []
     while made.trainer.step < num_steps:
         values = made.trainer.train_step()
@@ -63,7 +63,7 @@ def _trained(made: Made, num_steps: int) -> list[dict[str, float]]:
 
 
 def _halves(setup: Setup, root: Path, at: int, staleness: int) -> dict[str, Any]:
-    """Eight steps or more undisturbed; then `at` steps, and a new process' rest of them."""
+    """Run eight steps or more undisturbed; then `at` steps, and the rest in a new process."""
     whole, num_steps = make(setup, root / "whole", staleness=staleness), max(8, at + 2)
     undisturbed = _trained(whole, num_steps)
     expected = raw_state(whole)
@@ -124,7 +124,7 @@ def halves(
 
 @pytest.mark.parametrize("name", RESUMED)
 def test_a_resumed_run_is_bitwise_the_undisturbed_one(name: str, halves: list) -> None:
-    """C8."""
+    """C8: the resumed half has the bits of the undisturbed run."""
     for rank in halves:
         found = rank[name]
         assert found["num"] > 20
@@ -148,7 +148,7 @@ HOPS = {
 
 
 def _hops(setup: Setup, root: Path, dtype: torch.dtype) -> list[dict[str, str]]:
-    """Hashes by HF name after each hop."""
+    """Return hashes by HF name after each hop."""
     folder, states, last = None, [], None
     for name, (layout, distributed) in HOPS.items():
         own = cut(setup, layout, distributed=distributed, dtype=dtype)
@@ -171,7 +171,7 @@ def _all_hops(setup: Setup, root: Path) -> dict[str, Any]:
 
 
 def test_no_bit_changes_over_layouts_and_optimizers(setup: Setup, tmp_path: Path) -> None:
-    """C9, in fp32 and bf16."""
+    """C9: hashes stay the same after every hop, in fp32 and bf16."""
     for rank in spawn(_all_hops, 2, setup, tmp_path):
         for dtype, states in rank.items():
             first, *others = states
@@ -185,7 +185,7 @@ def test_no_bit_changes_over_layouts_and_optimizers(setup: Setup, tmp_path: Path
 
 
 class Counting(StopFlag):
-    """Asks rank 1 to stop at the n-th look of all ranks."""
+    """A stop flag that asks rank 1 to stop at the n-th look of all ranks."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -199,7 +199,7 @@ class Counting(StopFlag):
 
 
 class Terminated(ScriptedEngine):
-    """Sends this process a SIGTERM in a generation, which then takes ten minutes."""
+    """An engine that sends this process a SIGTERM in a generation, which then takes ten minutes."""
 
     def generate(self, prompts: Any, sampling: Sampling, progress: Any = None) -> list[Rollout]:
         if self.policy_version == 3:
@@ -213,7 +213,7 @@ STOPS = {f"{name} of step 4": 16 + i for i, name in enumerate(["curriculum", *PH
 
 
 def _stopped(setup: Setup, root: Path, stop: StopFlag, engine: Any, staleness: int) -> Any:
-    """Stopped in the middle of a step, saved, resumed by another process: as if undisturbed."""
+    """Stop in the middle of a step, save, resume in another process: as if undisturbed."""
     whole = make(setup, root / "whole", staleness=staleness)
     _trained(whole, 6)
     expected = raw_state(whole)
@@ -248,7 +248,7 @@ def _all_stops(setup: Setup, root: Path) -> dict[str, Any]:
 
 
 def test_a_stop_in_any_phase_loses_nothing(setup: Setup, tmp_path: Path) -> None:
-    """T1: heard by all ranks at once; the last whole step is saved, and gone on from exactly."""
+    """T1: all ranks hear it at once; the last whole step is saved, and the resume is exact."""
     for rank in spawn(_all_stops, 2, setup, tmp_path):
         for name, (start, different, seconds) in rank.items():
             print(f"{name}: saved after step {start} in {seconds:.1f} s")
@@ -258,7 +258,7 @@ def test_a_stop_in_any_phase_loses_nothing(setup: Setup, tmp_path: Path) -> None
 
 
 def _refusals(setup: Setup, other_dirs: dict[str, str], root: Path) -> dict[str, str]:
-    """What a resume with another model, teacher or configuration is told."""
+    """Return the messages of a resume with another model, teacher or configuration."""
     init_world("cpu")
     own = cut(setup, LAYOUTS["tp2"])
     folder = make(own, root / "run").checkpoints.save()
@@ -285,7 +285,7 @@ def _refusals(setup: Setup, other_dirs: dict[str, str], root: Path) -> dict[str,
 
 
 def test_another_model_teacher_or_setting_is_refused_by_name(setup: Setup, tmp_path: Path) -> None:
-    """C7."""
+    """C7: each refusal names the key."""
     others = {
         "layers": TinyModel("qwen3", True, VOCAB, overrides=(("num_hidden_layers", 1),)),
         "vocabulary": TinyModel("qwen3", True, 63, overrides=(("num_hidden_layers", 2),)),

@@ -54,7 +54,7 @@ ACCURACY = {0: 0.25, 2: 0.875, 4: 0.5, 6: 0.75, 7: 0.875, 8: 0.625}
 
 
 class Terminated(ScriptedEngine):
-    """Is sent a SIGTERM while it samples for the evaluation after step 4."""
+    """An engine that is sent a SIGTERM while it samples for the evaluation after step 4."""
 
     def generate(self, prompts: Any, sampling: Sampling, progress: Any = None) -> list[Rollout]:
         if self.policy_version == 4 and sampling == SAMPLING:
@@ -64,7 +64,7 @@ class Terminated(ScriptedEngine):
 
 
 class Broken(ScriptedEngine):
-    """Dies once in an evaluation, and has no weights until the next push."""
+    """An engine that dies once in an evaluation, and has no weights until the next push."""
 
     def generate(self, prompts: Any, sampling: Sampling, progress: Any = None) -> list[Rollout]:
         if sampling == SAMPLING and self.policy_version == 2 and not self._faults:
@@ -73,7 +73,7 @@ class Broken(ScriptedEngine):
 
 
 class Pushes(Pusher):
-    """Pushes versions without weights, and remembers them."""
+    """A pusher of versions without weights, which remembers them."""
 
     def __init__(self, engine: ScriptedEngine) -> None:
         self.engine, self.versions = engine, []
@@ -102,7 +102,7 @@ def _start(
     steps: int = 7,
     problems: Mapping[str, list[Prompt]] = PROBLEMS,
 ) -> Started:
-    """As `assemble` does it: a new run, or the one in `run_dir` gone on with."""
+    """Start as `run.begin` does: a new run, or the one in `run_dir` resumed."""
     engine = engine or ScriptedEngine(VOCAB)
     pushes = Pushes(engine)
     made = make(setup, run_dir, staleness=staleness, stop=stop, engine=engine)
@@ -155,7 +155,7 @@ def _start(
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    """Metrics but for times, memory and the pushes' reports."""
+    """Return metrics but for times, memory and the pushes' reports."""
     clocks = ("time/", "perf/", "rollout/tokens_per", "weight_sync/")
     return [
         {key: value for key, value in line.items() if not key.startswith(clocks)}
@@ -172,7 +172,7 @@ def _evaluated(lines: list[dict[str, Any]]) -> dict[int, dict[str, float]]:
 
 
 def _no_trace(setup: Setup, root: Path) -> Any:
-    """Runs with and without evaluation, in step and one step off: the same but for `eval/`."""
+    """Run with and without evaluation, in step and one step off: equal but for `eval/`."""
     found = []
     for staleness in (0, 1):
         runs = {}
@@ -188,7 +188,7 @@ def _no_trace(setup: Setup, root: Path) -> Any:
 
 
 def _interrupted(setup: Setup, root: Path) -> Any:
-    """Stopped in the evaluation after step 4, saved, gone on with."""
+    """Stop in the evaluation after step 4, save and resume."""
     stop = StopFlag()
     stop.listen()
     engine = Terminated(VOCAB) if dist.get_rank() == 0 else None
@@ -213,7 +213,7 @@ def _failing(setup: Setup, root: Path) -> Any:
 
 
 def _best(setup: Setup, root: Path) -> Any:
-    """What stays of a run to step 7, of the same run gone on with to 8, and without its best."""
+    """Return what stays of a run to step 7, of its resume to 8, and without its best."""
     run_dir, found = root / "best", []
 
     def see() -> None:
@@ -257,7 +257,7 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 def _expected(step: int) -> dict[str, float]:
-    """By one engine and hand; pass@1 counts grades above 1/2."""
+    """Compute the values with one engine, by hand; pass@1 counts grades above 1/2."""
     engine, values = ScriptedEngine(VOCAB), {}
     engine.update_weights([], step)
     for task, problems in PROBLEMS.items():
@@ -284,7 +284,7 @@ def test_values_and_when(seen: list[dict[str, Any]]) -> None:
 
 
 def test_nothing_of_the_training_changes(seen: list[dict[str, Any]]) -> None:
-    """Parameters, moments, random states, data order and responses: to the bit."""
+    """Parameters, moments, random states, data order and responses are equal to the bit."""
     for rank, found in enumerate(seen):
         for runs in found["_no_trace"]:
             (state, lines, pushes), (plain, plain_lines, plain_pushes) = runs[True], runs[False]

@@ -20,12 +20,12 @@ from megatron_vopd.run.settings import objective_of
 from megatron_vopd.trainer.collector import RolloutCollector
 from megatron_vopd.trainer.settings import StepSettings
 from megatron_vopd.types import Prompt, Rollout
-from tests.distributed.trainer.test_step_exact import BAR, STUDENT, STUDENTS, TEACHER, VOCAB
 from tests.support.harness import spawn
 from tests.support.layouts import enter
 from tests.support.reference_step import reference_step
 from tests.support.scripted import ScriptedEngine
 from tests.support.settings import step_settings
+from tests.support.step_cases import BAR, STUDENT, STUDENTS, TEACHER, VOCAB
 from tests.support.steps import FixedLength, RecordingTrainer, Setup, make_rollouts, worst_error
 from tests.support.tiny_models import TinyModel
 
@@ -51,7 +51,7 @@ class Cell:
 
     @property
     def kind(self) -> str:
-        """Its name in the reference."""
+        """The name of the cell in the reference."""
         mixed = self.direction == "mixed"
         return f"mixed:{self.reverse_weight}" if mixed else self.direction
 
@@ -70,7 +70,7 @@ MORE_CELLS = [
 
 
 class KeepsRollouts(RecordingTrainer):
-    """Also keeps the responses that the step was made of."""
+    """A trainer that also keeps the responses that the step was made of."""
 
     rollouts: list[Rollout]
 
@@ -88,7 +88,7 @@ def _collector(groups: Groups, settings: StepSettings) -> RolloutCollector:
 
 
 def _gradients(setup: Setup, cells: list[Cell]) -> list[tuple[list[Rollout], float, dict]]:
-    """On a rank: responses, loss and gradient of one step of each cell."""
+    """On a rank: return responses, loss and gradient of one step of each cell."""
     groups = enter(setup.case)
     teachers, found = None, []
     for cell in cells:
@@ -150,7 +150,7 @@ def test_cells_and_mixes(dirs: Any, references: dict[Any, Any]) -> None:
 
 
 def test_the_ends_of_a_mix_are_the_pure_directions(dirs: Any) -> None:
-    """lambda 0 and 1, bit for bit."""
+    """Mixes with lambda 0 and 1 have the gradients of the pure directions, bit for bit."""
     case, distributed = STUDENTS["dp2"]
     pairs = [
         (Cell("student", "mixed", 0.0), Cell("student", "forward")),

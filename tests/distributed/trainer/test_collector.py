@@ -1,4 +1,4 @@
-"""Responses of the leaders' engines reach every rank, whole and in order, or all are told."""
+"""Responses of the leaders' engines reach every rank, whole and in order, or all ranks raise."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _engine(faults: Any = None) -> ScriptedEngine:
 
 
 class SlowEngine(ScriptedEngine):
-    """Says when it samples, and takes its time."""
+    """An engine that records when it samples, and takes its time."""
 
     def generate(self, prompts: Any, sampling: Sampling, progress: Any = None) -> list[Rollout]:
         self.thread = threading.current_thread().name
@@ -74,7 +74,7 @@ FAULTS = ("exception", "timeout", "too_few", "duplicates", "nan", "out_of_range"
 
 
 def _all_faults() -> list[str]:
-    """Leader 1's engine misbehaves in each call; what every rank is told."""
+    """Generate while leader 1's engine fails in each call; return every rank's errors."""
     collector = _collector(_engine())
     messages = []
     for fault in FAULTS:
@@ -90,7 +90,7 @@ MENDED = ("exception", "timeout", "nan", "stale_version", "too_few")
 
 
 def _with_faults(faults: Any) -> tuple[RolloutCollector, list[int]]:
-    """A collector whose engines misbehave where this is leader 1, and the versions pushed."""
+    """Make a collector whose engine fails where this is leader 1, and a list of its pushes."""
     engine = _engine(faults if _groups().coordinates.dp == 1 else None)
     pushed: list[int] = []
 
@@ -102,7 +102,7 @@ def _with_faults(faults: Any) -> tuple[RolloutCollector, list[int]]:
 
 
 def _recovery() -> Any:
-    """Leader 1's engine misbehaves in its first call and is started again by a push."""
+    """Generate with an engine of leader 1 that fails once and is started again by a push."""
     found = []
     for fault in MENDED:
         collector, pushed = _with_faults({0: fault})
@@ -111,7 +111,7 @@ def _recovery() -> Any:
 
 
 def _given_up() -> tuple[str, list[int]]:
-    """Leader 1's engine misbehaves in both calls of a step."""
+    """Generate with an engine of leader 1 that fails in both calls of a step."""
     collector, pushed = _with_faults({0: "nan", 1: "timeout"})
     with pytest.raises(EngineError) as caught:
         collector.take(0, 7, 0)
@@ -119,14 +119,14 @@ def _given_up() -> tuple[str, list[int]]:
 
 
 class PickyEngine(ScriptedEngine):
-    """Refuses a prompt, as engines do that have no room for it."""
+    """An engine that refuses a prompt, as engines do that have no room for it."""
 
     def generate(self, prompts: Any, sampling: Sampling, progress: Any = None) -> list[Rollout]:
         raise UserError("a prompt of 9 tokens exceeds max_model_len=8")
 
 
 def _users_mistake() -> str:
-    """No second attempt: it would fail as well."""
+    """Generate once only: a second attempt would fail as well."""
     collector = _collector(PickyEngine(VOCAB), push=lambda _: pytest.fail("pushed"))
     with pytest.raises(UserError) as caught:
         collector.take(0, 7, 0)
@@ -134,7 +134,7 @@ def _users_mistake() -> str:
 
 
 def _overlapped() -> Any:
-    """Staleness 1; weights are pushed after each step; saved and restored midway."""
+    """Generate at staleness 1, push after each step, save and restore midway."""
     engine = SlowEngine(VOCAB)
     engine.update_weights([], 0)
     samples_at_push = []
@@ -193,7 +193,7 @@ def _hanging() -> str:
 
 
 def _everything() -> dict[str, Any]:
-    """On a rank: all of the above in one world, whose start is what costs."""
+    """On a rank: do all of the above in one world, whose start is what costs."""
     init_world("cpu")
     parts = (_two_steps, _all_faults, _recovery, _given_up, _users_mistake, _overlapped)
     parts += (_mixed, _hanging)

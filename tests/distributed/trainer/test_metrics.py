@@ -10,14 +10,14 @@ import torch.distributed as dist
 
 from megatron_vopd.trainer.metrics import reduce_sums, token_sums
 from tests.support.harness import spawn
+from tests.support.metric_cases import metrics_of, random_stats
 from tests.support.settings import objective_named
-from tests.unit.trainer.test_metrics import metrics_of, random_stats
 
 OBJECTIVE = objective_named("sampled")
 
 
 def _reduced() -> tuple[dict[str, float], dict[str, float], int, str]:
-    """Ranks 0 and 2 contribute 10 and 20 tokens, 1 nothing at all, 3 sums that must not count."""
+    """Reduce 10 and 20 tokens of ranks 0 and 2, nothing of 1, and sums of 3 that must not count."""
     rank = dist.get_rank()
     calls: list[int] = []
     all_reduce = dist.all_reduce

@@ -26,7 +26,7 @@ NUM_PROMPTS, DRAWS = 6, 1200
 
 
 def _sampled(model: torch.nn.Module, version: int) -> list[Rollout]:
-    """Single-token responses drawn from the model, with its own log-probs."""
+    """Draw single-token responses from the model, with its own log-probs."""
     generator = torch.Generator().manual_seed(5)
     rollouts = []
     for i in range(NUM_PROMPTS):

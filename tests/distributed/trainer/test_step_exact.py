@@ -8,33 +8,20 @@ import pytest
 
 from megatron_vopd.types import Layout, Rollout
 from tests.support.harness import spawn
-from tests.support.layouts import Case, enter
+from tests.support.layouts import enter
 from tests.support.reference_step import Reference, reference_step
+from tests.support.step_cases import BAR, STUDENT, STUDENTS, TEACHER, VOCAB
 from tests.support.steps import TOPK, Setup, make_rollouts, make_trainer, whole_weights, worst_error
 from tests.support.tiny_models import TinyModel
 
-VOCAB = 157
-BAR = 1e-5
 SEVEN = ("vopd_full", "vopd_topk", "opd", "reverse", "forward", "mixed", "hard")
 MORE = ("vopd_topk_tail", "vopd_optimal", "topk_reverse", "gated")
 
-STUDENT = TinyModel("qwen3", False, VOCAB)
 TIED_STUDENT = TinyModel("qwen3", True, VOCAB)
-# Another width than the student's, and two KV heads, fewer than tp 4.
-TEACHER = TinyModel("qwen3", False, VOCAB, overrides=(("hidden_size", 80),))
 TEACHER_ONE_KV = TinyModel("qwen2", True, VOCAB)
 MOE_TEACHER = TinyModel("qwen3_moe", False, VOCAB)
 
-# (student, distributed optimizer) -> teacher layouts of the same world.
-STUDENTS = {
-    "tp2": (Case("tp2", Layout(2, tp=2)), False),
-    "tp2-sp": (Case("tp2-sp", Layout(2, tp=2), True), False),
-    "pp2": (Case("pp2", Layout(2, pp=2)), False),
-    "tp2-pp2": (Case("tp2-pp2", Layout(4, tp=2, pp=2)), False),
-    "dp2": (Case("dp2", Layout(2)), False),
-    "dp2-distributed": (Case("dp2", Layout(2)), True),
-    "tp2-dp2-distributed": (Case("tp2-dp2", Layout(4, tp=2)), True),
-}
+# Teacher layouts by the size of the world.
 TEACHERS = {
     2: {
         "same": (TEACHER, None),
@@ -56,7 +43,7 @@ TEACHERS = {
 def step_errors(
     setup: Setup, rollouts: list[Rollout], references: dict[str, Reference]
 ) -> dict[str, dict[str, float]]:
-    """On a rank: for each objective the errors of loss, gradient, update; teachers made once."""
+    """On a rank: return errors of loss, gradient and update per objective; teachers made once."""
     groups = enter(setup.case)
     teachers, errors = None, {}
     for kind, reference in references.items():
@@ -82,7 +69,7 @@ def step_errors(
 
 
 def check(setup: Setup, rollouts: list[Rollout], references: dict[str, Reference]) -> None:
-    """Errors of one world against the bar, printed."""
+    """Print the errors of one world and assert that they are below the bar."""
     results = spawn(step_errors, setup.case.layout.world_size, setup, rollouts, references)
     for kind in references:
         worst = {key: max(r[kind][key] for r in results) for key in results[0][kind]}
@@ -163,7 +150,7 @@ def test_step(name: str, teacher_name: str, kinds: tuple[str, ...], models: Mode
     ],
 )
 def test_every_layout(name: str, teacher_name: str, models: Models) -> None:
-    """Seven objectives with an untied student, four more with a tied one."""
+    """Seven objectives run with an untied student, four more with a tied one."""
     for student, kinds in ((STUDENT, SEVEN), (TIED_STUDENT, MORE)):
         setup, teacher = models.setup(name, teacher_name, student)
         check(setup, models.rollouts, models.references(student, teacher, kinds))

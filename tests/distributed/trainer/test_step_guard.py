@@ -25,7 +25,7 @@ WARM_STEPS = 4
 
 
 class FaultyTrainer(RecordingTrainer):
-    """Spoils one number of one rank's gradient in chosen steps."""
+    """A trainer that spoils one number of one rank's gradient in chosen steps."""
 
     faulty_rank = 1
     faults: dict[int, float]
@@ -39,7 +39,7 @@ class FaultyTrainer(RecordingTrainer):
 
 
 def _state_hash(student: Any) -> str:
-    """Of this rank's parameters, moments and learning-rate position."""
+    """Hash this rank's parameters, moments and learning-rate position."""
     digest = hashlib.sha256()
     for parameter in student.bare.parameters():
         digest.update(parameter.detach().view(torch.uint8).numpy().tobytes())
@@ -51,7 +51,7 @@ def _state_hash(student: Any) -> str:
 
 
 def _run(setup: Setup, rollouts: list[Rollout], replay_dir: Path) -> dict[str, Any]:
-    """On a rank: warm steps, then each fault once with a good step between, then faults only."""
+    """On a rank: take warm steps, then each fault once with a good step between, then faults."""
     groups = enter(setup.case)
     student = setup.student(groups)
     teachers = setup.teachers(student)

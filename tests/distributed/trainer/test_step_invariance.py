@@ -30,7 +30,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def _variants(setup: Setup, rollouts: list[Rollout], orders: list[tuple[list[int], int]]) -> Any:
-    """On a rank: loss, gradient and weights for each order of the responses and row length."""
+    """On a rank: return loss, gradient, weights for each order of responses and row length."""
     groups = enter(setup.case)
     teachers, found = None, []
     for order, max_tokens in orders:
@@ -44,7 +44,7 @@ def _variants(setup: Setup, rollouts: list[Rollout], orders: list[tuple[list[int
 
 
 def test_packing_does_not_change_the_gradient(folders: tuple[str, str]) -> None:
-    """Row lengths from one sequence to all of them, shuffled orders, one and two replicas."""
+    """It holds for rows of one sequence to all of them, shuffled orders, one and two replicas."""
     rollouts = make_rollouts(7, VOCAB)
     draw = random.Random(0)
     orders = []
@@ -70,7 +70,7 @@ def test_packing_does_not_change_the_gradient(folders: tuple[str, str]) -> None:
 
 
 def _equal_sequences(num: int, seed: int) -> list[Rollout]:
-    """Responses of 6 to prompts of 5 tokens: rows of 10."""
+    """Make responses of 6 to prompts of 5 tokens: rows of 10."""
     made = make_rollouts(num, VOCAB, seed)
     draw = random.Random(seed)
     return [
@@ -85,7 +85,7 @@ def _equal_sequences(num: int, seed: int) -> list[Rollout]:
 
 
 def _batch_sizes(setup: Setup, batches: list[list[Rollout]]) -> Any:
-    """On a rank: 8 batch sizes x 1 to 3 sequences a row; (loss, gradient, skipped, moved) each."""
+    """On a rank: return (loss, gradient, skipped, moved) of 8 sizes x 1 to 3 sequences a row."""
     groups = enter(setup.case)
     student = setup.student(groups)
     teachers = setup.teachers(student)
@@ -126,7 +126,7 @@ def test_batch_sizes_that_leave_replicas_empty(folders: tuple[str, str]) -> None
 
 
 def _own_teacher(setup: Setup, rollouts: list[Rollout], kinds: tuple[str, ...]) -> Any:
-    """On a rank: the student distils itself; loss, gradient norm, advantage per kind."""
+    """On a rank: let the student distil itself; return loss, gradient norm, advantage per kind."""
     groups = enter(setup.case)
     student = setup.student(groups)
     teachers = setup.teachers(student)
@@ -150,7 +150,7 @@ SAME = {
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_student_that_is_its_own_teacher(world: int, folders: tuple[str, str]) -> None:
-    """Loss, advantage and gradient exactly 0 in the same layout; |A| <= 1e-5 across layouts."""
+    """Loss, advantage and gradient are exactly 0 in the same layout; |A| <= 1e-5 across layouts."""
     case, layouts = SAME[world]
     rollouts = make_rollouts(5, VOCAB)
     kinds = ("vopd_full", "reverse", "vopd_topk")

@@ -73,7 +73,7 @@ def _teachers(folders: dict[str, str]) -> dict[str, str]:
 
 
 def _grouped_rollouts() -> tuple[list[Rollout], list[float]]:
-    """Pairs of responses to the same prompt, of which one teacher scores every other; a grade each.
+    """Make pairs of responses to a prompt, teachers in turn, and a grade for each.
 
     The last two were not sampled by an engine; one response is empty.
     """
@@ -93,7 +93,7 @@ def _task_advantages(rollouts: list[Rollout], grades: list[float]) -> list[float
 
 
 def _one_step(setups: list[Setup], kind: str, grades: list[float]) -> list[dict[str, Any]]:
-    """On a rank: the same step under several setups of one layout."""
+    """On a rank: take the same step under several setups of one layout."""
     groups = enter(setups[0].case)
     rollouts, _ = _grouped_rollouts()
     found = []
@@ -226,7 +226,7 @@ def _scores(setup: Setup, rollouts: list[Rollout], sequences: list[list[int]]) -
     "case", [Case("tp2-sp", Layout(2, tp=2), True), Case("dp2", Layout(2))], ids=str
 )
 def test_the_students_own_logprobs_and_entropies(case: Case, folders: dict[str, str]) -> None:
-    """As transformers computes them, the same on every rank."""
+    """They are as transformers computes them, and the same on every rank."""
     rollouts = make_rollouts(6, VOCAB)
     model = AutoModelForCausalLM.from_pretrained(folders["student"], dtype=torch.float32)
     with torch.no_grad():
@@ -271,7 +271,7 @@ def test_a_prompt_for_an_unknown_teacher_is_named(folders: dict[str, str]) -> No
 
 
 def _context_parallel(setup: Setup, rollouts: list[Rollout]) -> list[int]:
-    """On a rank: a student cut over cp gets the teacher's states of its own tokens, bit by bit."""
+    """On a rank: compare the teacher's states over cp with those of the whole rows, in bits."""
     groups = enter(setup.case)
     _, facts = read_config(setup.student_dir)
     teacher_groups = independent_groups(setup.teacher_layout or setup.case.layout)
@@ -301,7 +301,7 @@ def test_teacher_states_for_context_parallel_ranks(folders: dict[str, str]) -> N
 
 
 class _Records:
-    """In the run log's place."""
+    """The records of a run, kept in memory in the run log's place."""
 
     def __init__(self) -> None:
         self.recorded: list[tuple[int, dict[str, float]]] = []
@@ -357,7 +357,7 @@ def _whole_step(setup: Setup) -> Any:
 
 
 def test_whole_steps_with_a_curriculum_and_grades(folders: dict[str, str]) -> None:
-    """Longer responses rung by rung; versions, lengths and metrics as they should be."""
+    """Responses get longer rung by rung; versions, lengths and metrics are as they should be."""
     teachers = {"teacher": folders["teachers.a"]}
     setup = Setup(Case("dp2", Layout(2)), folders["student"], teachers, Layout(2, tp=2))
     results = spawn(_whole_step, 2, setup)
@@ -393,7 +393,7 @@ def _three_steps(setup: Setup, steps: list[list[Rollout]]) -> list[dict[str, flo
     trainer = make_trainer(student, teachers, steps, "vopd_full")
     metrics = [trainer.train_step(), trainer.train_step()]
     state = json.loads(json.dumps(trainer.state_dict()))
-    # The weights stay; everything else is a new trainer's, which goes on where the first stopped.
+    # The weights stay; everything else is a new trainer's, which continues where the first stopped.
     trainer = make_trainer(student, teachers, steps, "vopd_full")
     trainer.load_state_dict(state)
     stopped_at = []

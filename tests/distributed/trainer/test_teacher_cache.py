@@ -58,7 +58,7 @@ class _Run:
         return StateCache(self.folder, {"teacher": "t"}, size, dtype)
 
     def gradients(self, rollouts: Sequence[Rollout], cached: bool) -> tuple[dict, int]:
-        """Of one step, and the teacher's forward passes in it. A new cache each: as a restart."""
+        """Return gradients of one step and the teacher's forward passes in it; a new cache each."""
         student, before = self.student(), self.calls
         caches = {}
         if cached:

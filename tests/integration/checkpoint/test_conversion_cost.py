@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 
 def _copy(source: Path, target: Path) -> float:
-    """Seconds to copy a folder's files and flush them to the disk."""
+    """Return the seconds to copy a folder's files and flush them to the disk."""
     begin = time.monotonic()
     target.mkdir()
     for path in source.rglob("*"):
@@ -49,7 +49,7 @@ def _timed(tool: str, source: Path, out: Path) -> float:
 
 
 def _rounds(source: Path, root: Path) -> dict[str, list[float]]:
-    """On a rank, with everything imported: seconds of copies and conversions, interleaved."""
+    """On a rank: time copies and conversions, interleaved, with everything imported."""
     seconds: dict[str, list[float]] = {"copy": [], "HF to Megatron": [], "Megatron to HF": []}
     for number in range(REPEATS + 1):
         found = (
@@ -91,7 +91,7 @@ def test_memory(source: Path, tmp_path: Path) -> None:
 
 
 def test_speed(source: Path, tmp_path: Path) -> None:
-    """Ratio of medians to copying the same bytes with fsync; imports are not part of it."""
+    """The ratio of medians to copying the same bytes with fsync is bounded, imports not counted."""
     seconds = spawn(_rounds, 1, source, tmp_path)[0]
     copying = statistics.median(seconds.pop("copy"))
     print(f"\ncopying with fsync: {copying:.1f} s")

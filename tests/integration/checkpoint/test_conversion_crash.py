@@ -9,10 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.checkpoint.test_conversion import add_tokenizer
 from tests.support import ROOT
 from tests.support.harness import spawn
-from tests.support.tiny_models import TinyModel
+from tests.support.tiny_models import TinyModel, add_tokenizer
 from tests.support.tools import run
 
 SMALL = TinyModel("qwen3", True, 40, overrides=(("num_hidden_layers", 1),))

@@ -40,7 +40,7 @@ def _round_trip(model_dir: Path, out: Path) -> None:
 
 
 def _logprobs(folder: Path, prompt: list[int], response: list[int]) -> torch.Tensor:
-    """What transformers says of a response, token by token."""
+    """Return the log-probs of a response by transformers, token by token."""
     from transformers import AutoModelForCausalLM
 
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

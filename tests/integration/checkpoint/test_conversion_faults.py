@@ -16,7 +16,6 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.checkpoint.test_conversion import add_tokenizer
 from tests.support.damaged_folders import (
     CHECKPOINT_CASES,
     HF_CASES,
@@ -27,12 +26,12 @@ from tests.support.damaged_folders import (
     unsigned,
 )
 from tests.support.harness import spawn
-from tests.support.tiny_models import TinyModel
+from tests.support.tiny_models import TinyModel, add_tokenizer
 from tests.support.tools import Ran, run
 
 
 def _run_cases(kind: str, good: Path, root: Path) -> dict[str, tuple[Ran, list[str]]]:
-    """On a rank: the tool on every damaged copy; what it printed, and what lies beside it then."""
+    """On a rank: run the tool on every damaged copy; return its words, and what lies beside it."""
     cases = HF_CASES if kind == "hf" else CHECKPOINT_CASES
     tool = "convert_hf_to_megatron" if kind == "hf" else "convert_megatron_to_hf"
     results = {}
@@ -79,7 +78,7 @@ def test_refused_in_one_line(kind: str, case: str, results: dict[str, dict]) -> 
 
 
 def _hub_cache(good: Path, root: Path) -> Ran:
-    """A hub cache as it lies on disk: snapshots of links to blobs."""
+    """Make a hub cache as it lies on disk: snapshots of links to blobs."""
     cache = root / "models--org--name"
     snapshot = cache / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
@@ -100,7 +99,7 @@ def test_links_inside_a_hub_cache_are_followed(tmp_path: Path) -> None:
 
 
 def _weights_only(good: Path, root: Path) -> list[Ran]:
-    """Hostile objects of a checkpoint, set aside on request: not read, so not run."""
+    """Set hostile objects of a checkpoint aside on request: not read, so not run."""
     runs = []
     for number, damage in enumerate((object_entry, evil_common, evil_raw_common)):
         shutil.copytree(good, root / f"w{number}")
@@ -119,7 +118,7 @@ def test_pickled_objects_can_be_left_unread(tmp_path: Path) -> None:
 
 
 def _mounted(root: Path, name: str, options: str) -> Path | None:
-    """A small file system of its own, where this user may mount one."""
+    """Mount a small file system, where this user may."""
     path = root / name
     path.mkdir()
     command = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(path)]
@@ -128,7 +127,7 @@ def _mounted(root: Path, name: str, options: str) -> Path | None:
 
 
 def _destinations(good: Path, root: Path) -> dict[str, tuple[Ran, bool] | None]:
-    """On a rank: for each refused destination, what was said, and whether its parent changed."""
+    """On a rank: return what was said of each destination, and whether its parent changed."""
     (root / "exists").mkdir()
     (root / "file").write_text("")
     os.symlink("nowhere", root / "dangling")
@@ -197,13 +196,13 @@ def test_destination_is_refused_before_the_first_write(
 def test_file_systems_that_cannot_take_it(
     status: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same two, where mounting is not allowed: by what the system says of the file system."""
+    """The refusals are the same where mounting is not allowed and `statvfs` is replaced."""
     from megatron_vopd.files.atomic_file import FileError
     from megatron_vopd.files.atomic_folder import check_destination
 
     flags = os.ST_RDONLY if status == "read-only" else 0
     blocks = 10**9 if status == "read-only" else 3
-    told = SimpleNamespace(f_flag=flags, f_bavail=blocks, f_frsize=4096)
-    monkeypatch.setattr(os, "statvfs", lambda _: told)
+    answer = SimpleNamespace(f_flag=flags, f_bavail=blocks, f_frsize=4096)
+    monkeypatch.setattr(os, "statvfs", lambda _: answer)
     with pytest.raises(FileError, match=DESTINATIONS[status]):
         check_destination(tmp_path / "out", tmp_path / "source", 2**20)

@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from megatron_vopd.checkpoint.convert import to_megatron as hf_import
-from megatron_vopd.hf import mapping as hf_mapping
+from megatron_vopd.checkpoint.convert import to_megatron
+from megatron_vopd.hf import mapping
 from megatron_vopd.hf.mapping import Rule, Unit
 from tests.support.harness import spawn
 from tests.support.tiny_models import TinyModel
@@ -39,45 +39,45 @@ Edit = Callable[[Tensor], Any]
 
 
 def _changed(name_part: str, edit: Edit) -> Any:
-    """Wrong values: edits every parameter that is made of an HF tensor of this name."""
+    """Make wrong values: edit every parameter that is made of an HF tensor of this name."""
 
     def mutate() -> tuple[Any, str, Any]:
         def read(entry: Any, plan: Any, source: Any, folder: Any) -> Any:
-            values = hf_import._read_parameter(plan, source, folder)
+            values = to_megatron._read_parameter(plan, source, folder)
             for piece in plan.pieces:
                 if name_part in piece.name:
                     part = values[piece.target]
                     edited = edit(part)
                     if edited is not None:
                         part.copy_(edited)
-            return hf_import.with_values(entry, values)
+            return to_megatron.with_values(entry, values)
 
-        return hf_import, "_read_shards", read
+        return to_megatron, "_read_shards", read
 
     return mutate
 
 
 def _blocks(change: Callable[[list, tuple, Any], list]) -> Any:
-    """Wrong table: another order of the rows of q, k and v."""
+    """Make a wrong table: another order of the rows of q, k and v."""
 
     def mutate() -> tuple[Any, str, Any]:
-        original = hf_mapping._blocks
+        original = mapping._blocks
 
         def blocks(cut: Any, names: tuple, facts: Any, kv_repeat: int) -> list:
             found = original(cut, names, facts, kv_repeat)
             return change(found, names, facts) if cut == "qkv" else found
 
-        return hf_mapping, "_blocks", blocks
+        return mapping, "_blocks", blocks
 
     return mutate
 
 
 def _whole(names: tuple, facts: Any) -> list:
-    return [(name, 0, hf_mapping.hf_shape(name, facts)[0]) for name in names]
+    return [(name, 0, mapping.hf_shape(name, facts)[0]) for name in names]
 
 
 def _half_heads(_: list, names: tuple, facts: Any) -> list:
-    """Interleaved as if heads had half their size."""
+    """Interleave as if heads had half their size."""
     half, groups = facts.head_dim // 2, facts.num_kv_heads * 2
     q_rows = facts.num_heads // facts.num_kv_heads * half
     return [
@@ -92,7 +92,7 @@ def _half_heads(_: list, names: tuple, facts: Any) -> list:
 
 
 def _reversed_heads(blocks: list, names: tuple, facts: Any) -> list:
-    """The query heads of a group in reverse order."""
+    """Reverse the query heads of a group."""
     found = []
     for name, first, rows in blocks:
         starts = range(first, first + rows, facts.head_dim)
@@ -114,7 +114,7 @@ def _other_kv_head(blocks: list, names: tuple, facts: Any) -> list:
 
 
 def _rules(*swaps: tuple[str, str]) -> Any:
-    """Wrong table: HF names exchanged between rules, or within one."""
+    """Make a wrong table: exchange HF names between rules, or within one."""
 
     def exchange(name: str) -> str:
         for first, second in swaps:
@@ -127,15 +127,15 @@ def _rules(*swaps: tuple[str, str]) -> Any:
     def mutate() -> tuple[Any, str, Any]:
         rules: tuple[Rule, ...] = tuple(
             replace(rule, hf=tuple(exchange(name) for name in rule.hf))
-            for rule in hf_mapping.LAYER_RULES
+            for rule in mapping.LAYER_RULES
         )
-        return hf_mapping, "LAYER_RULES", rules
+        return mapping, "LAYER_RULES", rules
 
     return mutate
 
 
 def _placed(other: Callable[[str, Any], str]) -> Any:
-    """Wrong table: HF tensors belong to another parameter of the same shape."""
+    """Make a wrong table: HF tensors belong to another parameter of the same shape."""
 
     def mutate() -> tuple[Any, str, Any]:
         original = Unit.megatron_name
@@ -217,7 +217,7 @@ def _mutated(mutate: Any) -> Iterator[None]:
 
 
 def _judge(root: Path) -> dict[str, tuple[int, str]]:
-    """On a rank: what check_conversion says of every wrong converter, and of right ones."""
+    """On a rank: return what check_conversion says of every wrong converter, and of right ones."""
     results = {}
     for kind in MODELS:
         assert run("convert_hf_to_megatron", root / kind, root / f"{kind}.right").status == 0

@@ -49,7 +49,7 @@ def save_model(root: Path, name: str, seed: int, vocab_size: int, **more: int) -
 
 
 def save_run(root: Path, vocab_size: int) -> Path:
-    """A run whose rows are all exactly full: what is estimated is then what happens."""
+    """Save a run whose rows are all exactly full, as the estimate takes them to be."""
     save_model(root, "student", 0, vocab_size)
     save_model(root, "teacher", 1, vocab_size, hidden_size=640)
     records = [{"prompt": f"{i:02}".ljust(PROMPT, "x")} for i in range(16)]

@@ -18,9 +18,8 @@ import pytest
 
 from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
-from megatron_vopd.rollout import push as push_module
+from megatron_vopd.rollout import push
 from megatron_vopd.rollout.engine import Sampling
-from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.types import Layout
 from tests.support.engines import (
@@ -44,7 +43,7 @@ SAMPLING = Sampling(max_tokens=150, samples=2, seed=3, stop_ids=(STOP,))
 
 
 def find(engine: LocalEngine, who: str) -> int:
-    """Process id of the supervisor, the child (vLLM's core), or a tensor-parallel worker."""
+    """Return the id of the supervisor, the child (vLLM's core), or a tensor-parallel worker."""
     pids = engine.processes()
     commands = {pid: Path(f"/proc/{pid}/cmdline").read_bytes().decode() for pid in pids}
     supervisor = {pid for pid, command in commands.items() if "vllm.supervisor" in command}
@@ -67,14 +66,14 @@ class Run:
         self.push(1)
 
     def push(self, policy_version: int) -> Any:
-        return push(
+        return push.push(
             self.student.model,
             self.student.facts,
             self.groups,
             self.engine,
             policy_version,
             score_fn=self.student.score,
-            probe=make_probe(VOCAB, tolerance=TOLERANCE),
+            probe=push.make_probe(VOCAB, tolerance=TOLERANCE),
         )
 
     def sample(self) -> Any:
@@ -85,7 +84,7 @@ class Run:
 
 
 def _mid_generate(folder: str, log_path: str, tp: int, cases: list[tuple[str, int]]) -> Any:
-    """On a rank: undisturbed rollouts, those of each case, and how long the detection took."""
+    """On a rank: return undisturbed rollouts, those of each case, and the detection's seconds."""
     run = Run(folder, log_path, tp)
     try:
         undisturbed, found = run.sample(), []
@@ -147,7 +146,7 @@ def test_mid_generate(tp: int, tmp_path: Path) -> None:
 
 
 def _mid_push(folder: str, log_path: str) -> Any:
-    """On a rank: pushes during which the child is killed, then stopped."""
+    """On a rank: push while the child is killed, then stopped."""
     run = Run(folder, log_path, 1)
     found = []
     try:
@@ -156,11 +155,11 @@ def _mid_push(folder: str, log_path: str) -> Any:
             def struck(*args: Any, how: int = how, **options: Any) -> Iterator:
                 for number, pair in enumerate(export_weights(*args, **options)):
                     if number == 20:
-                        push_module.export_weights = export_weights
+                        push.export_weights = export_weights
                         run.hit("child", how)
                     yield pair
 
-            push_module.export_weights = struck  # type: ignore[assignment]
+            push.export_weights = struck  # type: ignore[assignment]
             begin = time.monotonic()
             report = run.push(1)
             found.append((report, time.monotonic() - begin, bool(run.sample())))

@@ -18,9 +18,8 @@ from torch import Tensor
 
 from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
-from megatron_vopd.rollout import push as push_module
+from megatron_vopd.rollout import push
 from megatron_vopd.rollout.engine import PushReport, Sampling
-from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.rollout.weights.memory_file import Segment
 from megatron_vopd.types import Layout
@@ -84,7 +83,7 @@ STREAMS: dict[str, tuple[Callable[[Stream], Stream], str]] = {
 
 
 class SkippingEngine(LocalEngine):
-    """Says that it was pushed to."""
+    """An engine that reports a push and skips it."""
 
     def update_weights(self, tensors: Stream, policy_version: int) -> PushReport:
         self.policy_version = policy_version
@@ -92,7 +91,7 @@ class SkippingEngine(LocalEngine):
 
 
 class LyingEngine(SkippingEngine):
-    """Also says that its process agrees."""
+    """An engine that also reports that its process agrees."""
 
     def _usable_version(self, phase: str) -> int:
         assert self.policy_version is not None
@@ -100,7 +99,7 @@ class LyingEngine(SkippingEngine):
 
 
 class StaleCacheEngine(LocalEngine):
-    """S3: keeps keys and values of the old weights."""
+    """S3: an engine that keeps keys and values of the old weights."""
 
     def _reset_cache(self) -> None:
         pass
@@ -146,7 +145,7 @@ class Bench:
             if self._samples(False):
                 self.log[name] = f"STILL SAMPLES after {error}"
         finally:
-            push_module.export_weights = export_weights
+            push.export_weights = export_weights
             Segment.update_info = original_info
             self._honest()
 
@@ -161,14 +160,14 @@ class Bench:
 
     def _push(self) -> Any:
         self.version += 1
-        return push(
+        return push.push(
             self.student.model,
             self.student.facts,
             self.groups,
             self.engine,
             self.version,
             score_fn=self.student.score,
-            probe=make_probe(VOCAB, tolerance=TOLERANCE),
+            probe=push.make_probe(VOCAB, tolerance=TOLERANCE),
             attempts=1,
         )
 
@@ -183,7 +182,7 @@ class Bench:
 
 def _stream(change: Callable[[Stream], Stream]) -> Callable[[], None]:
     def prepare() -> None:
-        push_module.export_weights = lambda *args, **options: iter(  # type: ignore[assignment]
+        push.export_weights = lambda *args, **options: iter(  # type: ignore[assignment]
             change(export_weights(*args, **options))
         )
 
@@ -203,7 +202,7 @@ def _truncate() -> None:
 
 
 def _faults(folder: str, log_path: str, names: list[str]) -> dict[str, str]:
-    """On a rank: message of each faulty push."""
+    """On a rank: return the message of each faulty push."""
     bench = Bench(folder, log_path)
     by_name: dict[str, Callable[[], None]] = {
         name: _stream(change) for name, (change, _) in STREAMS.items()

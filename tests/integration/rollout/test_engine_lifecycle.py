@@ -37,7 +37,7 @@ SAMPLING = Sampling(max_tokens=64, samples=2, seed=11, stop_ids=(STOP,))
 
 
 def _restarted(folder: str, log_path: str, tp: int, prompts: Any) -> tuple[Any, float, int]:
-    """On a rank: rollouts of an engine and of its successor, and the gap to the trainer."""
+    """On a rank: return rollouts of an engine and its successor, and the gap to the trainer."""
     groups = enter(Case("tp1", Layout(1)))
     student = Student(folder, Case("tp1", Layout(1)), groups)
     runs = []
@@ -75,7 +75,7 @@ def _restarted(folder: str, log_path: str, tp: int, prompts: Any) -> tuple[Any, 
 def test_a_restarted_engine_repeats_itself(
     tp: int, name: str, num_prompts: int, longest: int, tmp_path: Path
 ) -> None:
-    """Same seed, same prompts: the same ids and the same bits of every log-prob."""
+    """With the same seed and prompts come the same ids and the same bits of every log-prob."""
     folder = MODELS[name].save(tmp_path)
     prompts = make_prompts(num_prompts, longest)
     log_path = str(tmp_path / "engine.log")
@@ -91,7 +91,7 @@ def _shared_memory() -> set[str]:
 
 
 def _listening(pids: list[int]) -> set[str]:
-    """Addresses on which processes accept connections."""
+    """Return the addresses on which processes accept connections."""
     return {
         connection.laddr.ip
         for pid in pids
@@ -103,7 +103,7 @@ def _listening(pids: list[int]) -> set[str]:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("how", ["close", "leave", "exception", "wait"])
 def test_nothing_is_left_behind(how: str, tmp_path: Path) -> None:
-    """After a normal end, one without `close`, an exception, and SIGKILL of the trainer."""
+    """This holds after a normal end, one without `close`, an exception, SIGKILL of the trainer."""
     before = _shared_memory()
     folder = MODELS["qwen3-untied"].save(tmp_path)
     trainer = subprocess.Popen(

@@ -14,9 +14,8 @@ import pytest
 
 from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.weights import export_weights
-from megatron_vopd.rollout import push as push_module
+from megatron_vopd.rollout import push
 from megatron_vopd.rollout.engine import Sampling
-from megatron_vopd.rollout.push import make_probe, push
 from megatron_vopd.rollout.validate import check_rollouts
 from megatron_vopd.rollout.vllm.client import Server
 from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings
@@ -44,7 +43,7 @@ SAMPLING = Sampling(max_tokens=40, samples=2, seed=2, stop_ids=(STOP,))
 def _served(
     folder: str, urls: tuple[str, ...], server_pids: list[int], session: int
 ) -> dict[str, Any]:
-    """On a rank: pushes and samples; then one server stops, then both are gone."""
+    """On a rank: push and sample; then one server stops, then both are gone."""
     groups = enter(TP2)
     student = Student(folder, TP2, groups)
     engine = None
@@ -55,14 +54,14 @@ def _served(
     found: dict[str, Any] = {"gaps": [], "reports": []}
 
     def one_push(version: int, **options: Any) -> Any:
-        return push(
+        return push.push(
             student.model,
             student.facts,
             groups,
             engine,
             version,
             score_fn=student.score,
-            probe=make_probe(VOCAB, tolerance=TOLERANCE),
+            probe=push.make_probe(VOCAB, tolerance=TOLERANCE),
             **options,
         )
 
@@ -78,7 +77,7 @@ def _served(
         found["gaps"].append(worst_gap(student, rollouts))
 
     # A push that fails half-way leaves servers that do not sample; the next one mends them.
-    push_module.export_weights = lambda *args, **options: (  # type: ignore[assignment]
+    push.export_weights = lambda *args, **options: (  # type: ignore[assignment]
         pair
         for pair in export_weights(*args, **options)
         if pair[0] != "model.layers.2.input_layernorm.weight"
@@ -87,7 +86,7 @@ def _served(
         one_push(4, attempts=1)
     except EngineError as error:
         found["half"] = str(error)
-    push_module.export_weights = export_weights
+    push.export_weights = export_weights
     found["mended"] = one_push(5)
     if engine is not None:
         found["addresses"] = {

@@ -42,7 +42,7 @@ BF16_TOLERANCE = 0.1
 def _pushes(
     folder: str, case: Case, log_path: str, pushes: int, dtype: str, tolerance: float
 ) -> list[dict[str, Any]]:
-    """On a rank: what was measured after each push."""
+    """On a rank: return what was measured after each push."""
     groups = enter(case)
     student = Student(folder, case, groups, getattr(torch, dtype))
     engine = LocalEngine(settings(folder, log_path, dtype=dtype)) if groups.is_leader else None

@@ -25,7 +25,7 @@ PROGRAMS = {"vopd": "megatron_vopd.cli", "torchrun": "torch.distributed.run"}
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The script beside a small run's configuration, and its programs from this environment."""
+    """Put the script beside a small run's configuration, and programs of this environment."""
     root = tmp_path_factory.mktemp("launch")
     save_run(root)
     shutil.copy(SCRIPT, root / "launch.sh")

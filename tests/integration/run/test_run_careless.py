@@ -1,7 +1,7 @@
 """Careless uses of a run that exists: one clear line each, and its checkpoints stay as they were.
 
 One rank makes a small run once; each use gets a copy of its folder, edits it, and calls the
-training command again. Where the command goes on, what it was told to pass over is a note.
+training command again. Where the command continues, what it passed over is a note.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def _stripped(run_dir: Path) -> None:
 
 
 def _busy(run_dir: Path) -> ExitStack:
-    """Another run has the folder."""
+    """Hold the folder, as another run would."""
     from megatron_vopd.run.folder import locked
 
     stack = ExitStack()
@@ -247,7 +247,7 @@ def _called(root: Path, *overrides: str) -> tuple[int, str, str, float]:
 
 
 def _used(root: Path, base: Path, name: str, use: Careless) -> dict[str, Any]:
-    """One use on a copy of the run."""
+    """Use a copy of the run once."""
     moved = any("run.dir" in text for text in use.overrides)
     run_dir = (root / "moved" if moved else base.parent) / f"use_{list(USES).index(name)}"
     shutil.copytree(base, run_dir)
@@ -279,15 +279,15 @@ def _text(path: Path) -> str | None:
 
 
 def _all_uses(root: Path) -> Any:
-    """On a rank: the run, then every use of it."""
+    """On a rank: make the run, then every use of it."""
     import torch.distributed as dist
 
-    from megatron_vopd.run import start as run_start
+    from megatron_vopd.run import start
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     assert dist.get_world_size() == 1
     # None of the uses gets as far as an engine.
-    run_start.find_spec = lambda _: object()
+    start.find_spec = lambda _: object()
     first = _called(root, "run.name=base")
     assert first[0] == OK, first
     base = root / "runs" / "base"

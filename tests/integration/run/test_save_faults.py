@@ -1,7 +1,7 @@
 """C4, C5, T2: a rank that is killed, stopped or out of disk while it writes; a second SIGTERM.
 
 Real runs of two ranks without an engine. Each ends with one line or saved; the checkpoint before
-stays as it was, and the same command goes on from it to the bits of an undisturbed run.
+stays as it was, and the same command resumes from it to the bits of an undisturbed run.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def _faulty(root: Path, name: str, fault: str, rank: int, step: int) -> Any:
 
 
 def _own_lines(folder: Path) -> list[str]:
-    """Standard error without torchrun's report."""
+    """Return standard error without torchrun's report."""
     lines = (folder / "err").read_text().splitlines()
     assert not [line for line in lines if "megatron_vopd/" in line and ".py" in line], lines
     ends = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
@@ -58,8 +58,8 @@ def _bytes(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.*")}
 
 
-def _goes_on(root: Path, name: str) -> str:
-    """The same command without the fault: to the bits of the undisturbed run."""
+def _resumed(root: Path, name: str) -> str:
+    """Run the same command without the fault, to the bits of the undisturbed run."""
     run = subprocess.run(
         _arguments(root, name), env=environment(), capture_output=True, text=True, timeout=600
     )
@@ -98,7 +98,7 @@ def test_a_writer_comes_to_harm(way: str, root: Path) -> None:
         assert "bytes of it were written" in lines[0] and "make room" in lines[0]
     assert not (run_dir / "checkpoints" / f"step_{STEPS}").exists()
     assert _bytes(run_dir / "checkpoints" / "step_2") == before
-    assert "resumed: step 2" in _goes_on(root, name)
+    assert "resumed: step 2" in _resumed(root, name)
 
 
 def _until(path: Path, process: subprocess.Popen, seconds: float = 400) -> None:
@@ -133,4 +133,4 @@ def test_a_second_sigterm_while_saving(root: Path) -> None:
     print(f"\nsecond SIGTERM while saving: ended after {seconds:.1f} s: {status}")
     assert not _own_lines(folder) and seconds < 30
     assert (status["reason"], status["last_checkpoint"]) == ("preempted", "step_2")
-    assert "resumed: step 2" in _goes_on(root, "twice")
+    assert "resumed: step 2" in _resumed(root, "twice")

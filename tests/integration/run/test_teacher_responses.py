@@ -1,4 +1,4 @@
-"""Responses from a real vLLM: killed in the middle, gone on with, and a run trains on them."""
+"""Responses from a real vLLM: killed in the middle, continued, and a run trains on them."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def kill_after(root: Path, name: str, num_lines: int) -> int:
 
 
 @pytest.mark.timeout(3600)
-def test_killed_and_gone_on_with_then_trained_on(
+def test_killed_and_continued_then_trained_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
@@ -104,7 +104,7 @@ def test_killed_and_gone_on_with_then_trained_on(
 
 
 def _require_logprobs(folder: Path, lines: list[dict]) -> None:
-    """Those of transformers after the same ids."""
+    """Assert that the log-probs are those of transformers after the same ids."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -40,7 +40,7 @@ class Careless:
 
 
 def _broken(root: Path) -> None:
-    """Models, data and folders that the uses below refer to."""
+    """Make the models, data and folders that the uses refer to."""
     (root / "bad.yaml").write_text("run: {name: x\nstudent: [")
     (root / "list.yaml").write_text("- run\n")
     (root / "empty.yaml").write_text("")
@@ -163,11 +163,11 @@ def _used(root: str, use: Careless) -> tuple[int, str, str, float]:
 
 
 def _all_uses(root: str, names: list[str]) -> Any:
-    """On a rank: every use, one after the other."""
+    """On a rank: make every use, one after the other."""
     import torch.distributed as dist
     from megatron.core import parallel_state
 
-    from megatron_vopd.run import start as run_start
+    from megatron_vopd.run import start
 
     os.environ |= {
         "RANK": str(dist.get_rank()),
@@ -178,7 +178,7 @@ def _all_uses(root: str, names: list[str]) -> Any:
     found = {}
     for name in names:
         # The other uses are the same with and without vLLM, which none of them starts.
-        run_start.find_spec = lambda _, has=name != "no vLLM": object() if has else None
+        start.find_spec = lambda _, has=name != "no vLLM": object() if has else None
         found[name] = _used(root, USES[name])
         if parallel_state.is_initialized():
             parallel_state.destroy_model_parallel()

@@ -38,7 +38,7 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _own_lines(folder: Path) -> list[str]:
-    """Standard error without torchrun's report: its log lines, and a traceback of its own."""
+    """Return standard error without torchrun's report: its log lines, and its traceback."""
     lines = (folder / "err").read_text().splitlines()
     assert not [line for line in lines if "megatron_vopd/" in line and ".py" in line], lines
     ends = [i for i, line in enumerate(lines) if line.startswith("Traceback")]
@@ -47,7 +47,7 @@ def _own_lines(folder: Path) -> list[str]:
 
 
 def _wait(until: Callable[[], Any], what: str, process: subprocess.Popen, seconds: float) -> Any:
-    """The first true answer of `until`."""
+    """Wait for the first true answer of `until`."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         answer = until()
@@ -59,7 +59,7 @@ def _wait(until: Callable[[], Any], what: str, process: subprocess.Popen, second
 
 
 def _steps(root: Path, name: str) -> list[int]:
-    """Steps that a run has recorded."""
+    """List the steps that a run has recorded."""
     path = root / "runs" / name / "metrics.jsonl"
     if not path.exists():
         return []
@@ -67,7 +67,7 @@ def _steps(root: Path, name: str) -> list[int]:
 
 
 def _ranks(launcher: subprocess.Popen) -> list[int]:
-    """Process ids of the ranks, by rank."""
+    """Return the process ids of the ranks, by rank."""
     children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
     environments = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
     ranks = {
@@ -81,7 +81,7 @@ def _ranks(launcher: subprocess.Popen) -> list[int]:
 
 @pytest.fixture
 def running(root: Path) -> Iterator[Any]:
-    """A run of two ranks without an engine that has made two steps of very many."""
+    """Start a run of two ranks without an engine, and wait for two steps of very many."""
     with ExitStack() as stack:
 
         def start(name: str) -> tuple[subprocess.Popen, list[int], Path]:
@@ -169,7 +169,7 @@ def test_without_torchrun(root: Path) -> None:
 
 
 def _engines(launcher: subprocess.Popen) -> list[int]:
-    """Process ids of the children of running engines."""
+    """List the process ids of the children of running engines."""
     found = []
     for rank in _ranks(launcher):
         for supervisor in Path(f"/proc/{rank}/task/{rank}/children").read_text().split():

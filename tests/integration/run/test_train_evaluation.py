@@ -28,7 +28,7 @@ MAX_TOKENS, STEPS = 12, 4
 
 
 def _greedy(folder: Path) -> list[tuple[str, int]]:
-    """Text and number of tokens of each answer, by transformers."""
+    """Return text and number of tokens of each answer, by transformers."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -66,7 +66,7 @@ def _expected(folder: Path, references: list[str]) -> dict[str, float]:
 
 @pytest.fixture(scope="module")
 def references(root: Path) -> list[str]:
-    """What the untrained student answers, to the first questions; so it starts with some right."""
+    """Return the untrained student's answers, given to the first questions as right ones."""
     answers = [final_answer(conclusion(text)) for text, _ in _greedy(root / "student")]
     return [answer.strip() or "7" for answer in answers[:4]] + ["nothing of the kind"] * 3
 
@@ -147,7 +147,7 @@ def test_a_run_is_evaluated(root: Path, references: list[str]) -> None:
 
 
 def test_sigterm_in_an_evaluation(root: Path, references: list[str]) -> None:
-    """The step before it is saved; gone on with, the run has the weights of the undisturbed one."""
+    """The step before it is saved; the resumed run has the weights of the undisturbed one."""
     run_dir, folder = root / "runs" / "stopped", root / "launch_stopped"
     slow = ["evaluation.samples=500", "evaluation.temperature=1.0", "checkpoint.interval=0"]
     with started(folder, *_arguments(root, references, "stopped", *slow)) as launcher:

@@ -37,7 +37,7 @@ def _run(arguments: list[str]) -> subprocess.CompletedProcess:
 
 
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
-    """Metrics but for times; every step once."""
+    """Return the metrics but for times; every step is there once."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
     clocks = ("time/", "perf/", "rollout/tokens_per", "rollout/generation", "weight_sync/giga")
@@ -57,7 +57,7 @@ def _until_step(run_dir: Path, step: int, process: subprocess.Popen) -> None:
 
 
 def _disturbed(root: Path, name: str, number: int, *more: str) -> float:
-    """Signals the launcher in step 3; seconds until it has ended."""
+    """Send a signal to the launcher in step 3; return the seconds until it has ended."""
     run_dir = root / "runs" / name
     with started(root / f"out_{name}", *_arguments(root, name, *more)) as process:
         _until_step(run_dir, 2, process)
@@ -68,7 +68,7 @@ def _disturbed(root: Path, name: str, number: int, *more: str) -> float:
 
 
 def _compare(root: Path, first: str, second: str) -> None:
-    """Weights and Adam's state, metrics."""
+    """Assert that weights, Adam's state and metrics are equal."""
     runs = root / "runs"
     assert _lines(runs / first) == _lines(runs / second)
     for name in (f"hf/step_{STEPS}/model.safetensors", *_shards(runs / first)):
@@ -81,7 +81,7 @@ def _shards(run_dir: Path) -> list[str]:
 
 
 def test_sigterm_and_sigkill(root: Path) -> None:
-    """Saved within 30 s and gone on from exactly; after SIGKILL from the checkpoint before it."""
+    """SIGTERM saves within 30 s, SIGKILL leaves the checkpoint before; both resumes are exact."""
     own = without_engine(root)
     runs = root / "runs"
     assert _run(_arguments(root, "whole", *own)).returncode == 0
@@ -132,7 +132,7 @@ def test_real_engine(root: Path) -> None:
 
 
 def _orphans(root: Path) -> list[str]:
-    """Processes of ours that name this test's folder."""
+    """List our processes that name this test's folder."""
     listed = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True, check=True)
     own = str(os.getpid())
     lines = listed.stdout.splitlines()

@@ -21,7 +21,7 @@ from tests.support.runs import command, descendants, environment, save_run, star
 
 
 def slow_with_vllm(test: Any) -> Any:
-    """The marks of a test that needs vLLM, where others in the file do not."""
+    """Mark a test that needs vLLM, where others in the file do not."""
     for mark in needs_vllm:
         test = mark(test)
     return test
@@ -69,7 +69,7 @@ def _lines(run_dir: Path) -> list[dict[str, Any]]:
 
 
 def _listening(pids: set[int]) -> set[tuple[str, str]]:
-    """(command's last words, hexadecimal address) of every TCP socket that the processes listen on.
+    """Return (command's last words, hexadecimal address) of every TCP socket listened on.
 
     127.0.0.1 is 0100007F, every interface is 00000000.
     """
@@ -95,7 +95,7 @@ def _listening(pids: set[int]) -> set[tuple[str, str]]:
 def _finished(
     root: Path, name: str, num_ranks: int, *overrides: str
 ) -> tuple[Path, set[int], set[tuple[str, str]]]:
-    """A run to its end: its folder, every process that it had, every address listened on."""
+    """Run to the end; return the folder, every process of the run, every address listened on."""
     folder, run_dir = root / f"launch_{name}", root / "runs" / name
     arguments = command(num_ranks, str(root / "config.yaml"), f"run.name={name}", *overrides)
     pids: set[int] = set()
@@ -184,7 +184,7 @@ def test_dry_run(root: Path) -> None:
 @pytest.mark.timeout(900)
 @slow_with_vllm
 def test_whole_run(root: Path) -> None:
-    """Student tp 2 x dp 2, teacher tp 2 x pp 2, two engines, three steps, export."""
+    """Student tp 2 x dp 2, teacher tp 2 x pp 2 and two engines make three steps and an export."""
     shared_memory = set(os.listdir("/dev/shm"))
     layout = ("parallel.tp=2", "teacher.tp=2", "teacher.pp=2")
     gated = ("curriculum.kind=entropy_gated", "curriculum.ladder=[16, 32]", "curriculum.interval=2")
@@ -214,10 +214,10 @@ def test_whole_run(root: Path) -> None:
 
 
 def _require_export(root: Path, run_dir: Path) -> None:
-    """The exported folder is whole, differs from the start, and is what the engine sampled from.
+    """Assert that the exported folder is whole, trained, and what the engine sampled from.
 
     The engine proved at its last push that its log-probs of a probe are those of the trainer's
-    weights (weight_sync/probe_gap); here it is started anew on the export.
+    weights (weight_sync/probe_gap); here another engine is started on the export.
     """
     from transformers import AutoTokenizer
 

@@ -32,7 +32,7 @@ MODEL = MODELS["qwen3-tied"]
 
 
 def _run(setup: Setup, log_path: str, num_steps: int, kill_before: int) -> Any:
-    """On a rank: metrics of the steps, a hash of the final weights, starts of the engine.
+    """On a rank: return metrics of the steps, a hash of the final weights, starts of the engine.
 
     Args:
         kill_before: step before which all of the engine's processes are killed; -1: none.
@@ -91,7 +91,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def test_a_student_that_is_its_own_teacher(folders: tuple[str, str], tmp_path: Path) -> None:
-    """Nothing to learn in a real run: loss, advantage and gradient exactly 0, step after step."""
+    """Nothing is left to learn: loss, advantage and gradient are exactly 0, step after step."""
     setup = Setup(TP2, folders[0], {"teacher": folders[0]})
     for metrics, _, _ in spawn(_run, 2, setup, str(tmp_path / "engine.log"), 2, -1):
         for values in metrics:

@@ -57,7 +57,7 @@ def _prompts() -> list[Prompt]:
 def _metrics(
     model_dir: str, teacher_dir: str, log_path: str, staleness: int, num_steps: int
 ) -> list[dict[str, float]]:
-    """On the only rank: metrics of each step."""
+    """On the only rank: return the metrics of each step."""
     init_world("cpu")
     groups = student_groups(Layout(1))
     section = OptimizerSection(learning_rate=1e-5, schedule="constant")
@@ -97,7 +97,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 
 
 def _table(steps: list[dict[str, float]]) -> Iterator[tuple[str, float]]:
-    """Mean seconds of every phase."""
+    """Return the mean seconds of every phase."""
     for name in (*PHASES, "other", "total"):
         yield name, statistics.fmean(m[f"time/{name}_seconds"] for m in steps)
 

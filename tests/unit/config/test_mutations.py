@@ -63,7 +63,7 @@ BAD_VALUES: list[Any] = [
 
 
 def mutate_text(text: str, chance: random.Random, marker: str) -> bytes:
-    """`text` after one to four edits of characters, lines or bytes."""
+    """Make one to four edits of characters, lines or bytes in `text`."""
     content = bytearray(text.encode())
     for _ in range(chance.randint(1, 4)):
         at = chance.randrange(len(content) + 1)
@@ -89,7 +89,7 @@ def mutate_text(text: str, chance: random.Random, marker: str) -> bytes:
 
 
 def mutate_structure(chance: random.Random) -> tuple[dict[str, Any], str]:
-    """VALID with one bad key or value, and the key that the message has to name."""
+    """Return VALID with one bad key or value, and the key that the message has to name."""
     data = copy.deepcopy(VALID)
     section = chance.choice(list(data))
     key = chance.choice(list(data[section]))

@@ -88,7 +88,7 @@ def test_what_is_no_mathematics_starts_no_process() -> None:
 
 
 def test_what_never_ends_is_wrong_and_the_next_is_graded() -> None:
-    """A power that computes in C, where math-verify's own limit never fires."""
+    """A power computes in C, where math-verify's own limit never fires."""
     with Grader(time_limit_seconds=0.5) as grader:
         assert grader.grade(prompt("0.5"), r"\boxed{\frac{1}{2}}") == 1.0
         start = time.monotonic()

@@ -35,7 +35,7 @@ def tokenizer_of(model: Path, **settings: Any) -> PromptTokenizer:
 
 
 def prompts_at(path: str, config: Config, tokenizer: PromptTokenizer) -> Prompts:
-    """What a run of `config` reads from `path` as training prompts."""
+    """Return what a run of `config` reads from `path` as training prompts."""
     needs_answer = config.objective.task_reward_weight > 0
     teachers = list(config.named_teachers)
     return load_prompts(path, "data.train", config.data, tokenizer, teachers, needs_answer)
@@ -184,7 +184,7 @@ def test_prompts_that_are_too_long_are_left_out_and_counted(
 
 
 def test_many_prompts_keep_their_ids(tmp_path: Path, plain: PromptTokenizer) -> None:
-    """More than one batch of the tokenizer."""
+    """They are more than one batch of the tokenizer."""
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{i}"} for i in range(2001)])
     prompts = prompts_at(path, config_of(), plain).prompts
     assert len(prompts) == 2001 and plain.decoded(prompts[2000].ids) == "p2000"

@@ -70,7 +70,7 @@ class TestSources:
         assert len(self.names(str(tmp_path / "j"))) == 5
 
     def test_hub_id_from_the_cache(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The real hub client, offline, on a cache laid out as it lays it out."""
+        """The real hub client reads offline, from a cache laid out as it lays it out."""
         import huggingface_hub.constants as constants
 
         cached = tmp_path / "datasets--org--prompts"

@@ -52,7 +52,7 @@ def test_stop_ids_that_nobody_settles(
 
 
 def test_stop_ids_of_model_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """generation_config.json, else config.json, else the tokenizer; hub ids from the cache."""
+    """generation_config.json has them, else config.json, else the tokenizer; also by hub id."""
     import huggingface_hub.constants as constants
 
     student = save_model_folder(tmp_path / "student", eos=None)

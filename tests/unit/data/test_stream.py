@@ -49,7 +49,7 @@ GOLDEN = (5, 1, 3, 4, 2)
 
 @pytest.mark.parametrize("n", [3, 5, 10, 11])
 def test_a_restart_at_any_step_changes_nothing(n: int) -> None:
-    """Before, at and after an epoch's border."""
+    """It holds before, at and after an epoch's border."""
     whole, steps = PromptStream(prompts(10), 1), 8
     expected = [names(whole.next(n)) for _ in range(steps)]
     for restart in range(steps):

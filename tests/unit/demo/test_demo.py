@@ -104,7 +104,7 @@ def test_models_know_every_character_and_their_end(tmp_path: Path) -> None:
 
 
 def test_share_right_counts_greedy_answers(tmp_path: Path) -> None:
-    """Of a model with random weights: none; with what it answers as the reference: all."""
+    """A model with random weights has none right; with its own answers as the reference, all."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     save_model(tmp_path, ALPHABET, 0, 64, 1, 128)

@@ -14,7 +14,7 @@ from megatron_vopd.files.jsonl import JsonLines, scan
 
 
 def numbers(path: Path) -> list[tuple[int, int]]:
-    """Number and end of each line."""
+    """Return the number and the end of each line."""
 
     def parse(text: bytes) -> int:
         return json.loads(text)["n"]

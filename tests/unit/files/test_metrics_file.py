@@ -91,10 +91,10 @@ def test_kill_9_loses_no_completed_step(tmp_path: Path) -> None:
         assert writer.stdout is not None and writer.stdout.readline() == "open\n"
         time.sleep(pause)
         writer.send_signal(signal.SIGKILL)
-        told = writer.stdout.read().splitlines()
+        acknowledged = writer.stdout.read().splitlines()
         writer.wait()
         writer.stdout.close()
-        last = int(told[-1]) if told else last
+        last = int(acknowledged[-1]) if acknowledged else last
         MetricsFile(path, last).close()
         assert steps_of(path) == list(range(1, last + 1))
     assert last > 3

@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 
-from megatron_vopd.hf import folder as hf_folder
 from megatron_vopd.hf.facts import ModelError
 from megatron_vopd.hf.folder import read_json, read_model_folder
 from tests.support.check_cases import save_model
@@ -50,4 +49,4 @@ def test_size_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     os.truncate(path, 256 * 2**20 + 1)
     monkeypatch.setattr(Path, "read_bytes", lambda _: pytest.fail("read"))
     with pytest.raises(ModelError, match="more than 256 MiB"):
-        hf_folder.read_json(path)
+        read_json(path)

@@ -40,7 +40,7 @@ TE_FIXTURE = ROOT / "tests" / "fixtures" / "te_parameters.json"
 
 @pytest.mark.parametrize("model_type", sorted(FACTS_OF))
 def test_te_names_and_shapes(model_type: str) -> None:
-    """Against a written-down list: TransformerEngine has not been run, so this is not verified."""
+    """They equal a written-down list: TransformerEngine has not been run on it."""
     fixture = json.loads(TE_FIXTURE.read_text())[model_type]
     layout = Layout(max(fixture["tp"], fixture["ep"]), tp=fixture["tp"], ep=fixture["ep"])
     plans = shard_parameters(FACTS_OF[model_type], layout, layout.coordinates(1), "te")
@@ -84,7 +84,7 @@ def test_every_element_lies_on_one_rank(tp: int, kv_heads: int, model_type: str)
 
 
 def test_repeated_kv_heads_stand_beside_their_queries() -> None:
-    """Four ranks, two KV heads: rank r holds query head r and KV head r // 2."""
+    """With four ranks and two KV heads, rank r holds query head r and KV head r // 2."""
     names = ("q", "k", "v")
     facts = replace(FACTS, num_kv_heads=2)
     full_names = tuple(f"model.layers.0.self_attn.{x}_proj.weight" for x in names)
@@ -96,7 +96,7 @@ def test_repeated_kv_heads_stand_beside_their_queries() -> None:
 
 
 def test_fewer_kv_heads_than_ranks_cut_through_a_head() -> None:
-    """One KV head and six blocks of 24 rows over four ranks: 36 rows each, half heads included."""
+    """One KV head and six blocks of 24 rows over four ranks: each gets 36 rows, half heads too."""
     facts = replace(FACTS, num_kv_heads=1)
     full_names = tuple(f"model.layers.0.self_attn.{x}_proj.weight" for x in "qkv")
     plans = [shard_plan("qkv", full_names, facts, rank, 4) for rank in range(4)]

@@ -29,7 +29,7 @@ def test_source_compiles(source, arch, tmp_path):
 
 
 def test_bindings_compile(tmp_path):
-    """Against torch's headers, which are the same in its builds for the CPU but for one file."""
+    """It takes torch's headers, the same in its builds for the CPU but for one file."""
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not on this machine: the headers of CUDA are missing")

@@ -34,7 +34,7 @@ def isa(request):
 
 
 def rows(kind: str, vocab_size: int, dtype=torch.float32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Student and teacher logits [6, vocab_size] of one adversarial kind."""
+    """Make student and teacher logits [6, vocab_size] of one adversarial kind."""
     generator = torch.Generator().manual_seed(len(kind))
     x = torch.randn(6, vocab_size, generator=generator) * 3
     y = x + torch.randn(6, vocab_size, generator=generator)
@@ -65,7 +65,7 @@ KINDS += ["jumps", "offset"]
 
 
 def border_labels(bounds, vocab_size) -> torch.Tensor:
-    """First and last columns of shards, ends of the vocabulary."""
+    """Return the first and last columns of shards, and the ends of the vocabulary."""
     borders = [edge for start, stop in bounds for edge in (start, stop - 1)]
     return torch.tensor([0, vocab_size - 1, *borders, *range(6)]).clamp(0, vocab_size - 1)[:6]
 
@@ -80,7 +80,7 @@ def merged_on(bounds, x, y, labels, **options) -> list[Any]:
 
 
 def gradient_on(bounds, x, y, labels, coefficients, **options) -> torch.Tensor:
-    """The gradient over the whole vocabulary; the padding's must be 0."""
+    """Return the gradient over the whole vocabulary; the padding's must be 0."""
 
     def run(problem):
         student, teacher = shard_of(x, problem), shard_of(y, problem)
@@ -152,7 +152,7 @@ MIXES = {
 
 
 def exact_gradient(x, y, labels, mix, temperature, topk) -> torch.Tensor:
-    """fp64 autograd of the definition."""
+    """Compute the gradient of the definition by autograd in fp64."""
     leaf = x.double().requires_grad_()
     tempered, teacher = leaf / temperature, y.double() / temperature
     values = reference.definition(tempered, teacher, labels)
@@ -169,7 +169,7 @@ def exact_gradient(x, y, labels, mix, temperature, topk) -> torch.Tensor:
 
 
 def gradient_scale(x, y, mix, exact) -> torch.Tensor:
-    """Largest element of the row, with the terms of its differences taken by absolute value.
+    """Return the row's largest element, with the terms of its differences as absolute values.
 
     Where one p is nearly 1, p (d - RKL) is a small difference of large numbers that are themselves
     known to fp32 precision only; and so is p - q where the two are near.
@@ -202,7 +202,7 @@ def test_gradients_are_exact_for_every_mix(isa, kind, mix):
 
 
 def pairs_of_logits() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Student and teacher logits [64, 5003]: far apart, close, closer than fp32 can tell."""
+    """Make student and teacher logits [64, 5003]: far apart, close, closer than fp32 can tell."""
     generator = torch.Generator().manual_seed(0)
 
     def noise() -> torch.Tensor:
@@ -223,7 +223,7 @@ def pairs_of_logits() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def within_half_an_ulp(z: torch.Tensor, seed: int) -> torch.Tensor:
-    """fp64 logits that are rounded to the fp32 logits `z`."""
+    """Draw fp64 logits that are rounded to the fp32 logits `z`."""
     ulp = torch.nextafter(z.abs(), torch.full_like(z, torch.inf)).double() - z.abs().double()
     generator = torch.Generator().manual_seed(seed)
     return z.double() + (torch.rand(z.shape, generator=generator) - 0.5) * ulp
@@ -232,7 +232,7 @@ def within_half_an_ulp(z: torch.Tensor, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("kind", sorted(pairs_of_logits()))
 @pytest.mark.parametrize("mix", ["policy", "reverse", "forward", "mixed"])
 def test_gradients_are_as_exact_as_their_input(isa, kind, mix):
-    """5e-6 of the gradient's norm, or less than the rounding of the logits to fp32 changes it.
+    """The error is below 5e-6 of the gradient's norm, or what rounding the logits to fp32 does.
 
     At a KL of 5e-5 that rounding alone is 3e-5 to 6e-5 of the gradient.
     """

@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def per_rank_lists(logits_TV, teacher_TV, bounds, k):
-    """Stacked sorted lists of contiguous shards, as the ranks would send them (padding: +inf)."""
+    """Stack sorted lists of contiguous shards, as ranks would send them (padding: +inf)."""
     width = min(k, max(stop - start for start, stop in bounds))
     shape = (len(bounds), logits_TV.shape[0], width)
     student, teacher = torch.full(shape, torch.inf), torch.full(shape, torch.inf)

@@ -38,7 +38,7 @@ CPU = Machine("cpu")
 
 
 def ranks(world: int = 1, machine: Machine = CPU, **sections: dict[str, Any]) -> list[RankMemory]:
-    """Two prompts of 4 tokens, responses of 5: two rows of 8 tokens; fp32."""
+    """Return the ranks of two prompts of 4 tokens, responses of 5: two rows of 8 tokens; fp32."""
     settings: dict[str, Any] = {
         "student": {"path": "org/a", "dtype": "fp32"},
         "teacher": {"path": "org/b", "dtype": "fp32"},

@@ -30,7 +30,7 @@ SAMPLING = Sampling(max_tokens=3, samples=2)
 
 
 class Stub(ThreadingHTTPServer):
-    """Answers like vLLM; `mode` says how it misbehaves."""
+    """A server that answers like vLLM; `mode` says how it misbehaves."""
 
     daemon_threads = True
 
@@ -57,7 +57,7 @@ class Handler(BaseHTTPRequestHandler):
     server: Any
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Quiet."""
+        """Print nothing."""
 
     def do_GET(self) -> None:
         if self.server.mode == "hung":

@@ -224,7 +224,7 @@ class Built:
 
 
 class Holding(Receiver):
-    """Keeps a tensor of layer 0 beyond the call, as vLLM does until a layer is whole."""
+    """A receiver that keeps a tensor of layer 0, as vLLM does until a layer is whole."""
 
     kept: torch.Tensor | None = None
 

@@ -26,7 +26,7 @@ FILES = {"common.json": b'{"x": 1}', "__0_0.distcp": bytes(range(256)), ".metada
 
 
 def publish(run_dir: Path, step: int, says: int | None = None) -> Path:
-    """A published folder as `run.checkpoints` makes them, with other content."""
+    """Publish a folder as `run.checkpoints` does, with other content."""
     folder = step_dir(run_dir, step)
     folder.parent.mkdir(parents=True, exist_ok=True)
     with staging_folder(folder) as staging:

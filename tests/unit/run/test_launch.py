@@ -48,7 +48,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, code: str) -> None:
 
 
 def is_alive(pid: int) -> bool:
-    """Whether it still runs; one that nobody has waited for yet does not."""
+    """Return whether it still runs; one that nobody has waited for yet does not."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):

@@ -15,7 +15,7 @@ import pytest
 
 from megatron_vopd.cli import main
 from megatron_vopd.errors import UserError
-from megatron_vopd.run import loop as run_loop
+from megatron_vopd.run import loop
 from megatron_vopd.run.status import Status, write_status
 from tests.support import ROOT
 
@@ -72,10 +72,10 @@ def test_a_mistake_in_the_configuration_is_not_started_again(tmp_path: Path) -> 
 def test_what_ends_a_run_is_what_the_script_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException | None, code: int
 ) -> None:
-    monkeypatch.setattr(run_loop.dist, "get_rank", lambda: 0)
+    monkeypatch.setattr(loop.dist, "get_rank", lambda: 0)
     run_dir = tmp_path / "runs" / "r"
     run_dir.mkdir(parents=True)
-    with suppress(BaseException), run_loop.ending_noted(run_dir) as ending:
+    with suppress(BaseException), loop.ending_noted(run_dir) as ending:
         ending.reason = "done"
         if error is not None:
             raise error
@@ -117,7 +117,7 @@ echo "scontrol $*" >>calls
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """The examples and stand-ins for every program that they call."""
+    """Copy the examples, and write stand-ins for every program that they call."""
     shutil.copytree(ROOT / "examples", tmp_path / "examples")
     (tmp_path / "bin").mkdir()
     programs = {"vopd": VOPD, "torchrun": TORCHRUN, "srun": SRUN}
@@ -153,7 +153,7 @@ def start(workplace: Path, script: Path, **variables: str) -> subprocess.Popen[s
 
 
 def ended(process: subprocess.Popen[str]) -> int:
-    """Its exit status; servers that a stand-in leaves running are ended with its session."""
+    """Return its exit status; end servers that a stand-in leaves running with its session."""
     try:
         return process.wait(60)
     finally:

@@ -83,7 +83,7 @@ def test_summary_of_runs_that_are_done(tmp_path: Path) -> None:
 
 
 def test_runs_what_is_missing_and_says_what_failed(tmp_path: Path) -> None:
-    """The real command, on a configuration that is not there: three runs fail, one is left."""
+    """The real command fails on a configuration that is not there: three runs fail, one is left."""
     out = tmp_path / "out"
     save_run(out, "one-seed0", 0.5)
     done = run("run_study", save_study(tmp_path), out, "--seeds", 0)

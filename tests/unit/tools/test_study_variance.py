@@ -35,7 +35,7 @@ def study() -> ModuleType:
 
 @pytest.fixture(scope="module")
 def gradients() -> np.ndarray:
-    """[names, batches, size]: exact, and estimates with noise of 2 and of 1, and 0.7 of it."""
+    """Make [names, batches, size]: exact, and estimates with noise of 2, of 1, and 0.7 of it."""
     draw = np.random.default_rng(0)
     exact = draw.normal(size=SIZE) + 0.3 * draw.normal(size=(BATCHES, SIZE))
     plain = exact + 2 * draw.normal(size=exact.shape)

@@ -10,7 +10,7 @@ from megatron_vopd.trainer import trainer
 
 
 def test_the_step_reads_like_the_paper() -> None:
-    """At most 20 statements, the docstring not counted; the file at most 350 lines."""
+    """It has at most 20 statements, the docstring not counted; the file at most 350 lines."""
     source = textwrap.dedent(inspect.getsource(trainer.Trainer.train_step))
     function = ast.parse(source).body[0]
     statements = [n for n in ast.walk(function) if isinstance(n, ast.stmt)][2:]

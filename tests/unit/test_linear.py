@@ -56,7 +56,7 @@ class Stage:
             self.head_hook = parameter.register_post_accumulate_grad_hook(self.hook)
 
     def leave_head_alone(self) -> None:
-        """The head accumulates in .grad, as without fused accumulation."""
+        """Let the head accumulate in .grad, as without fused accumulation."""
         if self.head is not self.embedding:
             self.head_hook.remove()
             del self.head.main_grad  # pyright: ignore
@@ -182,7 +182,7 @@ print(status("VmHWM") - before)
 
 
 def peak_mib(form: str, num_tokens: int) -> float:
-    """Growth of the resident peak by one forward and backward, in a process of its own."""
+    """Measure the resident peak's growth by one forward and backward, in a process of its own."""
     command = [sys.executable, "-c", PEAK, form, str(num_tokens)]
     return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
 

@@ -52,13 +52,13 @@ def _rows(batch: Microbatch, outputs: torch.Tensor) -> torch.Tensor:
 
 
 def _coefficients(stats: Any) -> Coefficients:
-    """A mix of all losses, so that every term of the gradient takes part."""
+    """Mix all losses, so that every term of the gradient takes part."""
     one, zero = torch.ones_like(stats.reverse_kl_T), torch.zeros_like(stats.reverse_kl_T)
     return Coefficients(policy=0.5 * one, reverse=one, forward=0.3 * one, entropy=-one, topk=zero)
 
 
 def _plain_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The same mix, written with torch alone."""
+    """Compute the mixed loss with torch alone."""
     student = logits.log_softmax(-1)
     teacher = _teacher_logits(len(labels)).log_softmax(-1)
     reverse = (student.exp() * (student - teacher)).sum(-1)
@@ -113,7 +113,7 @@ def _gradients(case: Case, model_dir: str, groups: Any, variant: tuple | None) -
 
 
 def _worst_errors(case: Case, model_dirs: list[str]) -> dict[str, float]:
-    """On a rank: worst relative error of any parameter, per model and variant."""
+    """On a rank: return the worst relative error of any parameter, per model and variant."""
     groups = enter(case)
     worst = {}
     for model_dir in model_dirs:
