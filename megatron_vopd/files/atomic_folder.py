@@ -104,7 +104,7 @@ class OutputFile:
         return len(view)
 
     def flush(self) -> None:
-        """Do nothing: the exit flushes. Writers of archives call it after each one."""
+        """Leave the flushing to the exit. Writers of archives call it after each one."""
 
     def _write_small(self) -> None:
         if self._small:

@@ -7,17 +7,10 @@ import os
 import random
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 import xxhash
 
-<<<<<<< HEAD
-from megatron_vopd.checkpoint.chunks import write_payload
-from megatron_vopd.checkpoint.safe_pickle import Inert, PickleRefusedError, read_inert
-=======
->>>>>>> doc4
 from megatron_vopd.files.atomic_file import FileError
 from megatron_vopd.files.atomic_folder import staging_folder, verify_manifest
 from tests.support import ROOT
@@ -112,32 +105,6 @@ def test_folders_with_sha256_are_still_verified(tmp_path: Path) -> None:
     (out / "deep/er/b").write_bytes(content)
     with pytest.raises(FileError, match="deep/er/b: content is not"):
         verify_manifest(out)
-
-
-@pytest.mark.parametrize("at", range(6))
-def test_a_disk_that_fills_up_is_named(
-    at: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Wherever it does: torch's writer of archives has an error of its own, which says less."""
-    write, calls = os.write, iter(range(100))
-
-    def full(descriptor: int, data: Any) -> int:
-        if next(calls) >= at:
-            raise OSError(28, "No space left on device")
-        return write(descriptor, data)
-
-    with (
-        monkeypatch.context() as patch,
-        pytest.raises(FileError) as caught,
-        staging_folder(tmp_path / "out") as staging,
-        staging.create("a") as file,
-    ):
-        patch.setattr(os, "write", full)
-        write_payload(file, torch.zeros(2**20))
-        write_payload(file, torch.zeros(3))
-        write_payload(file, torch.zeros(2**18 + 3))
-    assert "/a: No space left on device; " in str(caught.value) and "\n" not in str(caught.value)
-    assert os.listdir(tmp_path) == []
 
 
 def test_failure_leaves_nothing(tmp_path: Path) -> None:
