@@ -23,7 +23,8 @@ class Child:
     """vLLM's LLM and the commands that the trainer gives it, by their names."""
 
     def __init__(self, connection: Connection, settings: dict[str, Any]) -> None:
-        from vllm import LLM  # pyright: ignore[reportMissingImports]
+        # Without vLLM a checker takes the folder beside this file for it.
+        from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
         from vllm.config import WeightTransferConfig  # pyright: ignore[reportMissingImports]
 
         from megatron_vopd.rollout.weights.vllm_plugin import register
@@ -79,7 +80,7 @@ class Child:
         Returns:
             (ids, log-probs, finish reason) of each.
         """
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         # Exactly the given ids end a response: vLLM adds those of the model's folder otherwise.
         jobs = [
@@ -101,7 +102,7 @@ class Child:
         The last id is scored first and by sampling, which reads the cache. Scoring a whole prompt
         computes everything again, and leaves in the cache what it computed.
         """
-        from vllm import SamplingParams  # pyright: ignore[reportMissingImports]
+        from vllm import SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
         last_jobs, whole_jobs = [], []
         for ids in sequences:

@@ -50,7 +50,7 @@ def greedy_texts(
 
 
 def main() -> None:
-    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports]
+    from vllm import LLM, SamplingParams  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
 
     model_dir, context, max_tokens = sys.argv[1:]
     llm = LLM(model_dir, dtype="float32", enforce_eager=True, max_model_len=int(context))
