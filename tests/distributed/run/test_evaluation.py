@@ -154,6 +154,14 @@ def _start(
     return Started(run, pushes, made)
 
 
+def _train(started: Started) -> str:
+    """Train to the end and close the metrics, as the end of a process does; return the reason."""
+    reason = train(started.run)
+    if started.run.writer is not None:
+        started.run.writer.close()
+    return reason
+
+
 def _lines(run_dir: Path) -> list[dict[str, Any]]:
     """Return metrics but for times, memory and the pushes' reports."""
     clocks = ("time/", "perf/", "rollout/tokens_per", "weight_sync/")
@@ -179,7 +187,7 @@ def _no_trace(setup: Setup, root: Path) -> Any:
         for evaluates in (True, False):
             run_dir = root / f"{evaluates}-{staleness}"
             one = _start(setup, run_dir, evaluates=evaluates, staleness=staleness)
-            assert train(one.run) == "done"
+            assert _train(one) == "done"
             state = raw_state(one.made)
             lines = _lines(run_dir) if dist.get_rank() == 0 else []
             runs[evaluates] = (state, lines, one.pushes.versions)
@@ -194,12 +202,12 @@ def _interrupted(setup: Setup, root: Path) -> Any:
     engine = Terminated(VOCAB) if dist.get_rank() == 0 else None
     started = time.perf_counter()
     one = _start(setup, root / "stopped", engine, stop=stop)
-    assert train(one.run) == "preempted"
+    assert _train(one) == "preempted"
     seconds = time.perf_counter() - started
     saved = saved_steps(root / "stopped")
     two = _start(setup, root / "stopped")
     begun = two.run.trainer.step
-    assert train(two.run) == "done"
+    assert _train(two) == "done"
     lines = _lines(root / "stopped") if dist.get_rank() == 0 else []
     return raw_state(two.made), lines, saved, begun, seconds
 
@@ -207,7 +215,7 @@ def _interrupted(setup: Setup, root: Path) -> Any:
 def _failing(setup: Setup, root: Path) -> Any:
     engine = Broken(VOCAB) if dist.get_rank() == 1 else None
     one = _start(setup, root / "failing", engine)
-    assert train(one.run) == "done"
+    assert _train(one) == "done"
     lines = _lines(root / "failing") if dist.get_rank() == 0 else []
     return raw_state(one.made), lines, one.pushes.versions
 
@@ -221,21 +229,21 @@ def _best(setup: Setup, root: Path) -> Any:
         dist.barrier()
 
     one = _start(setup, run_dir, steps=7)
-    train(one.run)
+    _train(one)
     see()
     two = _start(setup, run_dir, steps=7)
-    train(two.run)
+    _train(two)
     evaluated = two.run.evaluator is not None and two.run.evaluator._last_step
     see()
     if dist.get_rank() == 0:
         shutil.rmtree(run_dir / "checkpoints" / "step_2")
     dist.barrier()
     three = _start(setup, run_dir, steps=8)
-    train(three.run)
+    _train(three)
     see()
     other = {"sums": PROBLEMS["sums"]}
     four = _start(setup, run_dir, steps=8, problems=other)
-    train(four.run)
+    _train(four)
     see()
     five = _start(setup, run_dir, steps=8, evaluates=False)
     return found, evaluated, five.run.extra[evaluation.KEY]["best"]
