@@ -62,7 +62,7 @@ def _folder_for_file(path: Path) -> None:
 
 def _another_format(run_dir: Path) -> None:
     for path in run_dir.glob("checkpoints/step_*/manifest.json"):
-        path.write_text(path.read_text().replace('"format": 1', '"format": 99'))
+        path.write_text(re.sub(r'"format": \d+', '"format": 99', path.read_text()))
 
 
 def _latest(text: str) -> Callable[[Path], Any]:

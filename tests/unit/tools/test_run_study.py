@@ -119,8 +119,8 @@ sys.exit(load_tool("run_study").main(sys.argv[1:]))
 def test_interrupted_ends_its_runs_and_begins_no_other(
     tmp_path: Path, number: signal.Signals
 ) -> None:
-    # A job in the background of a shell ignores SIGINT, and hands that down.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    # A job in the background ignores SIGINT, one under nohup SIGHUP, and both hand that down.
+    before = signal.signal(number, signal.default_int_handler)
     try:
         study = subprocess.Popen(
             [sys.executable, "-c", INTERRUPTED, save_study(tmp_path), "out", "--jobs", "2"],
@@ -131,7 +131,7 @@ def test_interrupted_ends_its_runs_and_begins_no_other(
             text=True,
         )
     finally:
-        signal.signal(signal.SIGINT, before)
+        signal.signal(number, before)
     deadline = time.monotonic() + 60
     while len(list(tmp_path.glob("*.began"))) < 2 and time.monotonic() < deadline:
         time.sleep(0.02)
