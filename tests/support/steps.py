@@ -134,6 +134,7 @@ class Setup:
     recompute: Any = "none"
     offload: bool = False
     adam: Adam = field(default_factory=Adam)
+    device: str = "cpu"
 
     def student(self, groups: Groups) -> Student:
         adam = self.adam
@@ -147,6 +148,7 @@ class Setup:
         )
         options = ModelOptions(
             dtype=self.dtype,
+            device=self.device,
             sequence_parallel=self.case.sequence_parallel,
             recompute=self.recompute,
         )
@@ -160,7 +162,7 @@ class Setup:
                 groups,
                 student.facts,
                 student.groups,
-                ModelOptions(dtype=self.dtype),
+                ModelOptions(dtype=self.dtype, device=self.device),
                 self.offload,
             )
             for key, path in sorted(self.teacher_dirs.items())
