@@ -3,7 +3,7 @@
 #   tests/gpu/carry.sh FOLDER [PYTHON_VERSION]        then, there: CARRY=FOLDER tests/gpu/accept.sh
 # The machine itself must have CUDA's compiler, torch >= 2.11 for CUDA, transformers, tokenizers,
 # safetensors, einops, xxhash, PyYAML, rich, psutil, packaging, ninja, pybind11 and setuptools.
-# vLLM is too large to carry: only its module that packs weights for CUDA IPC goes along, where vLLM
+# vLLM is too large to carry: only its two modules for CUDA IPC go along, where vLLM
 # is installed here (`make engine`). TransformerEngine stays behind too.
 set -euo pipefail
 folder=${1:?usage: carry.sh FOLDER [PYTHON_VERSION]}
@@ -31,6 +31,8 @@ print(found.submodule_search_locations[0] if found else "")')/distributed/weight
 if [[ -f $transfer/packed_tensor.py ]]; then
   mkdir -p "$folder/vllm/distributed/weight_transfer"
   cp "$transfer/packed_tensor.py" "$folder/vllm/distributed/weight_transfer/"
+  mkdir -p "$folder/vllm/device_allocator"
+  cp "${transfer%/distributed/*}/device_allocator/alloc_conf.py" "$folder/vllm/device_allocator/"
 else
   echo "carry.sh: vLLM is not installed here; accept.sh's step ipc will fail (make engine)" >&2
 fi
