@@ -14,6 +14,7 @@ same: `megatron.core.dist_checkpointing.load` reads them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -53,6 +54,8 @@ from megatron_vopd.hf.tensors import dtype_name
 STATE_NAME = "common.json"
 STATE_FORMAT = 1
 
+_EXTRA_STATE = re.compile(r"_extra_state[0-9]*")
+
 Entry = ShardedTensor | ShardedTensorFactory
 Slices = tuple[slice, ...]
 # Key, type, global shape, place: what rank 0 needs to know of a chunk that some rank wrote.
@@ -62,6 +65,9 @@ Written = tuple[str, str, tuple[int, ...], Chunk]
 def entries(sharded_state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Entry]:
     """List the tensors of a sharded state dict by local name, without `_extra_state` objects.
 
+    TransformerEngine's modules have such objects, grouped ones an `_extra_state{e}` of each expert;
+    they hold nothing without FP8.
+
     Raises:
         TypeError: another object than a tensor, which would have to be pickled.
     """
@@ -70,7 +76,7 @@ def entries(sharded_state_dict: Mapping[str, Any], prefix: str = "") -> dict[str
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
             found |= entries(value, f"{path}.")
-        elif isinstance(value, ShardedObject) and path.endswith("_extra_state"):
+        elif isinstance(value, ShardedObject) and _EXTRA_STATE.fullmatch(path.rpartition(".")[2]):
             continue
         elif isinstance(value, Entry):
             found[path] = value
