@@ -1,4 +1,4 @@
-"""Whether TransformerEngine can be used here, found out by importing it.
+"""TransformerEngine as it is installed here, tried by importing it.
 
 Its metapackage alone, a build for another CUDA or torch, a cuDNN that is too old: all of them look
 installed and fail on import, often with another error than ImportError. megatron-core expects no
@@ -20,6 +20,8 @@ from packaging.version import Version
 PACKAGE = "transformer_engine"
 # Tested at both ends (tests/distributed/megatron/test_transformer_engine.py); newer is not refused.
 OLDEST, NEWEST = "2.9.0", "2.20.2"
+# Modules of it from which megatron-core imports without a guard.
+_NEEDED = ("pytorch", "pytorch.fp8", "pytorch.tensor", "pytorch.optimizers")
 _LONGEST_MESSAGE = 240
 
 
@@ -54,7 +56,8 @@ def found() -> TransformerEngine:
         return TransformerEngine(None, None)
     if Version(installed) < Version(OLDEST):
         return TransformerEngine(installed, f"it is older than {OLDEST}")
-    return TransformerEngine(installed, import_problem(f"{PACKAGE}.pytorch"))
+    problems = (import_problem(f"{PACKAGE}.{module}") for module in _NEEDED)
+    return TransformerEngine(installed, next(filter(None, problems), None))
 
 
 def import_problem(module: str) -> str | None:
@@ -82,15 +85,12 @@ def hide_if_broken() -> None:
     sys.modules[PACKAGE] = None  # pyright: ignore[reportArgumentType]  (imports raise ImportError)
 
 
-@functools.cache
 def megatron_problem() -> str | None:
     """Return why megatron-core makes no layers of a TransformerEngine that imports, or None."""
     from megatron.core.models.gpt import gpt_layer_specs
 
     if gpt_layer_specs.HAVE_TE:
         return None
-    for module in ("transformer_engine", "transformer_engine_spec_provider"):
-        problem = import_problem(f"megatron.core.extensions.{module}")
-        if problem is not None:
-            return f"megatron-core {version('megatron-core')} cannot use it ({problem})"
-    return f"megatron-core {version('megatron-core')} does not find in it what it needs"
+    problem = import_problem("megatron.core.extensions.transformer_engine_spec_provider")
+    reason = problem or "it lacks what megatron-core's layers are made of"
+    return f"megatron-core {version('megatron-core')} makes no layers of it ({reason})"

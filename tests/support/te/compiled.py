@@ -66,7 +66,7 @@ class _Compiled(ModuleType):
     """The module: names come into being when they are asked for."""
 
     # What `from transformer_engine_torch import *` hands on.
-    __all__ = ("layernorm_fwd", "layernorm_bwd", "rmsnorm_fwd", "rmsnorm_bwd")
+    __all__ = ("layernorm_fwd", "layernorm_bwd", "rmsnorm_fwd", "rmsnorm_bwd", *_ANSWERS)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -77,10 +77,14 @@ class _Compiled(ModuleType):
 
 
 def _backend_of(module: ModuleType) -> Callable[..., Any]:
-    """Return what chooses cuDNN's attention; older versions return no reason beside it."""
+    """Return a chooser of cuDNN's attention; older versions expect no reason beside it."""
     backend = module.NVTE_Fused_Attn_Backend.NVTE_F16_arbitrary_seqlen
     is_old = tuple(map(int, version("transformer_engine").split(".")[:2])) < (2, 20)
-    return lambda *_, **__: backend if is_old else (backend, "")
+
+    def get_fused_attn_backend(*_: Any, **__: Any) -> Any:
+        return backend if is_old else (backend, "")
+
+    return get_fused_attn_backend
 
 
 def install() -> ModuleType:

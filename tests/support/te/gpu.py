@@ -45,13 +45,18 @@ def pretend() -> None:
         "get_device_properties": lambda *_: _H100,
         "get_device_name": lambda *_: _H100.name,
         "is_current_stream_capturing": lambda: False,
+        "max_memory_allocated": lambda *_: 0,
+        "reset_peak_memory_stats": lambda *_: None,
         "device": lambda *_: contextlib.nullcontext(),
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
+    for name in ("mark", "range_push", "range_pop"):
+        setattr(torch.cuda.nvtx, name, lambda *_: None)
     for name in ("empty", "zeros", "ones", "full", "tensor"):
         setattr(torch, name, _on_the_device(getattr(torch, name)))
     torch.Tensor.is_cuda = property(_is_cuda)  # type: ignore[assignment]
+    torch.Tensor.record_stream = lambda *_: None  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment]
 
 

@@ -7,7 +7,6 @@ their kind. What the project's use never asks for (FP8, dropout, bias in attenti
 
 from __future__ import annotations
 
-import itertools
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +14,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tests.support.te.attention import (
+    fused_attn_bwd,
+    fused_attn_fwd,
+    fused_rope_backward,
+    fused_rope_forward,
+    thd_grad_correction,
+    thd_out_correction,
+    thd_read_half_tensor,
+    thd_read_second_half_lse,
+    thd_second_half_lse_correction,
+)
+
 called: Counter[str] = Counter()
-# Settings of the last call of the attention kernel, by their names.
-attention: dict[str, Any] = {}
 
 
 def rmsnorm_fwd(
@@ -109,87 +118,6 @@ def te_general_grouped_gemm(
     return bias
 
 
-def _rotated(x: Tensor, angles: Tensor, bounds: Tensor, sign: int) -> Tensor:
-    """Rotate packed heads [T, heads, d] by angles [S, 1, 1, d], each sequence from position 0."""
-    width, out = angles.shape[-1], torch.empty_like(x)
-    for start, stop in itertools.pairwise(bounds.tolist()):
-        angle = angles[: stop - start].view(-1, 1, width)
-        low, high = x[start:stop, :, :width].float().chunk(2, dim=-1)
-        turned = torch.cat((-high, low), dim=-1) * (sign * angle.sin())
-        kept = x[start:stop, :, :width].float() * angle.cos()
-        out[start:stop, :, :width] = (kept + turned).to(x.dtype)
-        out[start:stop, :, width:] = x[start:stop, :, width:]
-    return out
-
-
-def _rope(arguments: tuple[Any, ...], sign: int) -> Tensor:
-    x, angles, bounds = (value for value in arguments if isinstance(value, Tensor))
-    size_of_cp = arguments[-2]
-    assert size_of_cp == 1, "the stand-in rotates whole sequences"
-    return _rotated(x, angles, bounds, sign)
-
-
-def fused_rope_forward(*arguments: Any) -> Tensor:
-    """Return rotated heads [T, heads, d] of packed sequences; angles and cu_seqlens are given."""
-    return _rope(arguments, 1)
-
-
-def fused_rope_backward(*arguments: Any) -> Tensor:
-    """Return the gradient of `fused_rope_forward`: the rotation back."""
-    return _rope(arguments, -1)
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, scale: float) -> Tensor:
-    """Return causal attention fp32 [T, heads, d] of packed sequences, KV heads shared in order."""
-    parts = []
-    for start, stop in itertools.pairwise(bounds.tolist()):
-        one = [x[start:stop].transpose(0, 1)[None].float() for x in (q, k, v)]
-        mixed = torch.nn.functional.scaled_dot_product_attention(
-            *one, is_causal=True, scale=scale, enable_gqa=True
-        )
-        parts.append(mixed[0].transpose(0, 1))
-    return torch.cat(parts)
-
-
-def _named(arguments: tuple[Any, ...], kind: str) -> str:
-    """Return the name of the one argument that is a member of the enumeration `kind`."""
-    names = {a.name for a in arguments if type(a).__name__ == kind}
-    assert len(names) == 1, (kind, names)
-    return names.pop()
-
-
-def fused_attn_fwd(*arguments: Any) -> list[Tensor]:
-    """Return packed causal attention [T, heads, d], softmax statistics and random state."""
-    longest_q, longest_kv, _training, scale, dropout, *_ = arguments
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    bounds, bounds_kv, q, k, v = tensors[:5]
-    window = next(a for a in arguments if isinstance(a, tuple | list) and len(a) == 2)
-    assert torch.equal(bounds, bounds_kv) and dropout == 0.0
-    attention.update(
-        layout=_named(arguments, "NVTE_QKV_Layout"),
-        mask=_named(arguments, "NVTE_Mask_Type"),
-        bias=_named(arguments, "NVTE_Bias_Type"),
-        window=tuple(window),
-        longest=(longest_q, longest_kv),
-        bounds=bounds.tolist(),
-        heads=(q.shape[1], k.shape[1]),
-        scale=scale,
-    )
-    out = _attend(q, k, v, bounds, scale).to(q.dtype)
-    return [out, torch.zeros(1), torch.zeros(2, dtype=torch.int64)]
-
-
-def fused_attn_bwd(*arguments: Any) -> list[Tensor | None]:
-    """Return the gradients of q, k and v, and none of a bias or of softmax offsets."""
-    scale = arguments[2]
-    tensors = [value for value in arguments if isinstance(value, Tensor)]
-    bounds, _, q, k, v, _out, grad = tensors[:7]
-    heads = [x.detach().requires_grad_() for x in (q, k, v)]
-    with torch.enable_grad():
-        out = _attend(*heads, bounds, scale)
-    return [*torch.autograd.grad(out, heads, grad.reshape(out.shape).float()), None, None]
-
-
 def multi_tensor_l2norm(
     _chunk: int, _overflow: Tensor, lists: list[list[Tensor]], per_tensor: bool
 ) -> tuple[Tensor, Tensor]:
@@ -239,6 +167,11 @@ KERNELS = (
     fused_rope_backward,
     fused_attn_fwd,
     fused_attn_bwd,
+    thd_read_half_tensor,
+    thd_read_second_half_lse,
+    thd_second_half_lse_correction,
+    thd_out_correction,
+    thd_grad_correction,
     multi_tensor_l2norm,
     multi_tensor_scale,
     multi_tensor_adam,
