@@ -18,7 +18,7 @@ from megatron_vopd.checkpoint.sharded import entries, shards
 from megatron_vopd.config import load_config
 from megatron_vopd.config.world import layouts
 from megatron_vopd.hf.facts import kv_repeat
-from megatron_vopd.hf.mapping import shard_parameters
+from megatron_vopd.hf.mapping import LayerSpec, shard_parameters
 from megatron_vopd.hf.tensors import read_config
 from megatron_vopd.megatron.groups import Groups, independent_groups, student_groups
 from megatron_vopd.megatron.model import ModelOptions, build_model
@@ -30,7 +30,7 @@ from tests.support.te.worlds import NEWEST, VERSIONS, spawn
 from tests.support.tiny_models import ARCHITECTURES, DENSE, TinyModel
 
 MODELS = ROOT / "tests" / "fixtures" / "models"
-SPECS = (("local", "cpu"), ("te", "cuda"))
+SPECS: tuple[tuple[LayerSpec, str], ...] = (("local", "cpu"), ("te", "cuda"))
 
 
 def _built(

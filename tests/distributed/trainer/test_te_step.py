@@ -18,7 +18,7 @@ import torch
 from megatron_vopd.types import Layout, Rollout
 from tests.support.layouts import Case, destroy_groups, enter
 from tests.support.steps import Setup, make_rollouts, make_trainer, whole_weights, worst_error
-from tests.support.te.worlds import VERSIONS, spawn
+from tests.support.te.worlds import NEWEST, VERSIONS, spawn
 from tests.support.tiny_models import TinyModel
 
 VOCAB = 157
@@ -38,6 +38,7 @@ CASES = {
     "moe-ep2": (MOE, Case("moe-ep2", Layout(2, ep=2)), True),
     "moe-tp2-sp": (MOE, Case("moe-tp2-sp", Layout(2, tp=2), True), False),
 }
+RECOMPUTED = {"tp1": "selective", "tp2-sp": "full", "moe-tp2-sp": "full"}
 SPECS = {"exact": ("local", torch.float32), "local": ("local", torch.bfloat16)}
 SPECS["te"] = ("te", torch.bfloat16)
 
@@ -87,12 +88,14 @@ def _errors(setups: dict[str, Setup], rollouts: list[Rollout]) -> dict[str, Any]
 def test_a_step_is_that_of_the_local_layers(version: str, tmp_path: Path) -> None:
     rollouts = make_rollouts(6, VOCAB)
     setups = {}
-    for name, (model, case, distributed) in CASES.items():
+    cases = {n: x for n, x in CASES.items() if n != "cp2" or version == NEWEST}
+    for name, (model, case, distributed) in cases.items():
         student, teacher = (str(model.save(tmp_path / str(i), i)) for i in range(2))
         frozen = Layout(2) if case.layout.cp > 1 else case.layout
-        setups[name] = Setup(case, student, {"teacher": teacher}, frozen, distributed)
+        made = Setup(case, student, {"teacher": teacher}, frozen, distributed)
+        setups[name] = replace(made, recompute=RECOMPUTED.get(name, "none"))
     ranks = spawn(version, _errors, 2, setups, rollouts)
-    for name, (model, case, _) in CASES.items():
+    for name, (model, case, _) in cases.items():
         for found in (rank[name] for rank in ranks):
             local, own = found["local"], found["te"]
             # bf16 has 8 bits: local layers are as far from fp32. A sum that is missing over ranks,
@@ -101,10 +104,12 @@ def test_a_step_is_that_of_the_local_layers(version: str, tmp_path: Path) -> Non
             assert own["gradient"] <= 1.5 * local["gradient"] + 0.005, name
             assert own["norm"] <= 0.02 and own["loss"] <= 0.1, name
             kernels = found["kernels"]
+            assert bool(kernels.get("thd_grad_correction")) == (case.layout.cp > 1), name
             assert kernels["fused_attn_bwd"] and kernels["multi_tensor_adam"], name
             assert bool(kernels.get("te_general_grouped_gemm")) == (model is MOE), name
             _check_fusion(name, found["unfused"])
-            _check_attention(found["attention"], 2 if case.layout.tp == 2 else 4)
+            if case.layout.cp == 1:
+                _check_attention(found["attention"], 2 if case.layout.tp == 2 else 4)
         worst = {k: max(r[name][k]["gradient"] for r in ranks) for k in ("local", "te")}
         print(f"{version} {name}: gradients against fp32: {worst}")
 

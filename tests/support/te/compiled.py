@@ -13,7 +13,7 @@ import sys
 from collections.abc import Callable
 from importlib.metadata import version
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 from tests.support.te import kernels
 
@@ -32,7 +32,7 @@ class _Enumeration(type):
     def __getattr__(cls, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
-        member = int.__new__(cls, len(cls.__members__))
+        member: Any = int.__new__(cast(Any, cls), len(cls.__members__))
         member.name, member.value = name, int(member)
         setattr(cls, name, member)
         return member

@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 _H100 = SimpleNamespace(
     major=9, minor=0, name="NVIDIA H100 80GB HBM3", multi_processor_count=132, total_memory=80 << 30
@@ -35,6 +36,22 @@ def _on_the_device(function: Callable[..., Any]) -> Callable[..., Any]:
     return made
 
 
+class _Work:
+    """A transfer that may be waited for twice, as NCCL's and unlike gloo's."""
+
+    def __init__(self, work: Any) -> None:
+        self._work, self._is_done = work, False
+
+    def wait(self) -> None:
+        if not self._is_done:
+            self._work.wait()
+            self._is_done = True
+
+
+def _waited_for_once(original: Callable[..., list[Any]]) -> Callable[..., list[Any]]:
+    return lambda operations: [_Work(work) for work in original(operations)]
+
+
 def pretend() -> None:
     """Let modules be built where they say cuda; once in a process, after the CPU runtime."""
     answers: dict[str, Any] = {
@@ -55,6 +72,7 @@ def pretend() -> None:
         setattr(torch.cuda.nvtx, name, lambda *_: None)
     for name in ("empty", "zeros", "ones", "full", "tensor"):
         setattr(torch, name, _on_the_device(getattr(torch, name)))
+    dist.batch_isend_irecv = _waited_for_once(dist.batch_isend_irecv)
     torch.Tensor.is_cuda = property(_is_cuda)  # type: ignore[assignment]
     torch.Tensor.record_stream = lambda *_: None  # type: ignore[assignment]
     torch.Tensor.cuda = lambda self, *_, **__: self  # type: ignore[assignment]
