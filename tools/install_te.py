@@ -21,9 +21,16 @@ COMMON += ("nvdlfw-inspect==0.2.2",)
 
 
 def install(target: Path, *packages: str) -> None:
-    """Install packages without their dependencies into a folder, in place of what was there."""
-    command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
-    subprocess.run([*command, "--target", str(target), *packages], check=True)
+    """Install packages (NAME==VERSION) without their dependencies into a folder, if not there."""
+    missing = [package for package in packages if not _metadata(target, package).is_dir()]
+    if missing:
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--upgrade"]
+        subprocess.run([*command, "--target", str(target), *missing], check=True)
+
+
+def _metadata(target: Path, package: str) -> Path:
+    name, version = package.replace("-", "_").split("==")
+    return target / f"{name}-{version}.dist-info"
 
 
 def main() -> int:

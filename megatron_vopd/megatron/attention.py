@@ -14,8 +14,6 @@ from megatron.core.packed_seq_params import PackedSeqParams
 from torch import Tensor
 from torch.nn.functional import rms_norm, scaled_dot_product_attention
 
-from megatron_vopd.errors import UserError
-
 
 class RMSNorm(torch.nn.Module):
     """Root-mean-square norm over the last dimension, weight in the model's dtype.
@@ -51,10 +49,9 @@ class CausalAttention(torch.nn.Module):
     ) -> None:
         super().__init__()
         if config.context_parallel_size > 1:
-            raise UserError(
-                f"parallel.cp: got {config.context_parallel_size}, expected 1 without "
-                "TransformerEngine's attention; install it and set parallel.backend=te, or set "
-                "parallel.cp=1"
+            raise ValueError(
+                f"cp={config.context_parallel_size} needs TransformerEngine's attention; "
+                "install it and set parallel.backend: te, or use cp=1"
             )
         self.layer_number = layer_number
         self.scale = softmax_scale

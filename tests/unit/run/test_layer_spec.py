@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
-from megatron_vopd.megatron.transformer_engine import NEWEST, OLDEST
+from megatron_vopd.errors import ConfigError
+from megatron_vopd.megatron import transformer_engine
+from megatron_vopd.megatron.transformer_engine import NEWEST, OLDEST, TransformerEngine
+from megatron_vopd.run.start import resolved_layer_spec
 from tests.support import ROOT
-from tests.support.te.states import write_package
+from tests.support.te.states import ASKED, write_package
 from tests.support.te.worlds import python_path, spawn
 
 LIBRARY = "libcudart.so.13: cannot open shared object file: No such file or directory"
@@ -36,7 +39,6 @@ def _run(*arguments: str, **environment: str) -> str:
 def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str]]:
     root = tmp_path_factory.mktemp("te")
     folders = {
-        "absent": root,
         "metapackage": Path(python_path(NEWEST)[0]),
         "old": write_package(root / "old", "1.13.0", ""),
         "broken": write_package(root / "broken", "2.15.0", f"raise OSError({LIBRARY!r})"),
@@ -46,11 +48,14 @@ def answers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, str
     return dict(zip(folders, map(json.loads, lines), strict=True))
 
 
-def test_absent(answers: dict[str, Any]) -> None:
-    found = answers["absent"]
-    assert found["auto cpu"] == found["auto cuda"] == found["local cuda"] == "local"
+def test_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transformer_engine, "found", lambda: TransformerEngine(None, None))
+    found = {resolved_layer_spec(*asked) for asked in ASKED if asked[0] != "te"}
+    assert found == {"local"}
+    with pytest.raises(ConfigError) as error:
+        resolved_layer_spec("te", "cuda")
     line = "parallel.backend: got te, but TransformerEngine is not installed, "
-    assert found["te cuda"] == line + f"{EXPECTED}; set parallel.backend=local"
+    assert str(error.value) == line + f"{EXPECTED}; set parallel.backend=local"
 
 
 @pytest.mark.parametrize(
