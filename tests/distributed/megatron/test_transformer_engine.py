@@ -166,7 +166,7 @@ def _compared(folder: str, groups: Groups, trained: bool, sequence_parallel: boo
 
 def _places(entry: Any) -> list[Any]:
     return [
-        (one.global_shape, one.global_offset, one.local_shape, one.replica_id)
+        (one.key, one.global_shape, one.global_offset, one.local_shape, one.replica_id)
         for one in (shards(entry) if entry is not None else ())
     ]
 

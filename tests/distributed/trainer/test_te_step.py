@@ -31,7 +31,8 @@ MOE = TinyModel(
 CASES = {
     "tp1": (DENSE, Case("tp1", Layout(2)), True),
     "tp2-sp": (DENSE, Case("tp2-sp", Layout(2, tp=2), True), False),
-    "tp2": (BIASED, Case("tp2", Layout(2, tp=2)), False),
+    "tp2": (DENSE, Case("tp2", Layout(2, tp=2)), False),
+    "tp2-sp-biased": (BIASED, Case("tp2-sp", Layout(2, tp=2), True), False),
     "pp2": (BIASED, Case("pp2", Layout(2, pp=2)), False),
     "cp2": (DENSE, Case("cp2", Layout(2, cp=2)), True),
     "moe": (MOE, Case("moe", Layout(2)), True),
