@@ -185,6 +185,17 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+# What the local layers called the norm before experts up to version 0.1.0, and its name since.
+_FORMER_NORM, _PRESENT_NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+
+
+def _present_keys(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors by their present keys, in whichever version they were stored."""
+    if not any(key.endswith("mlp.router.weight") for key in tensors):
+        return dict(tensors)
+    return {key.replace(_FORMER_NORM, _PRESENT_NORM): value for key, value in tensors.items()}
+
+
 class CheckpointReader:
     """A checkpoint folder that fills shards, whatever layout wrote it. A context manager.
 
@@ -197,7 +208,7 @@ class CheckpointReader:
         self, folder: Path, skip_objects: bool = False, hashed: Collection[str] = ()
     ) -> None:
         self.folder = folder
-        self.tensors = read_index(folder, skip_objects)
+        self.tensors = _present_keys(read_index(folder, skip_objects))
         self._values = ChunkReader(folder, hashed)
 
     def __enter__(self) -> CheckpointReader:

@@ -260,6 +260,10 @@ def _block_spec(
     )
     layer = cast(Any, spec.submodules)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if facts.is_moe:
+        # Before experts the norm is a module of its own in TransformerEngine's layers too; only in
+        # dense ones is it a part of the first product. Checkpoints of both have the same keys.
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     attention = layer.self_attention.submodules
     attention.core_attention = CausalAttention
     if facts.qk_norm:
