@@ -75,7 +75,8 @@ def _process(version: str) -> subprocess.Popen[bytes]:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
     )
-    atexit.register(process.kill)
+    atexit.register(process.wait)
+    atexit.register(process.kill)  # the last registered is called first
     return process
 
 
