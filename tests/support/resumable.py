@@ -129,6 +129,7 @@ def whole_state(made: Made) -> dict[str, str]:
         shards.setdefault(kind, {})[name] = whole
     found = {}
     for kind, of_kind in shards.items():
-        exported = export_tensors(of_kind, student.facts, student.groups)
+        spec = student.options.layer_spec
+        exported = export_tensors(of_kind, student.facts, student.groups, spec)
         found |= {f"{kind} {name}": digest(tensor) for name, tensor in exported}
     return found
