@@ -10,8 +10,13 @@ import shutil
 import pytest
 import torch
 
+from megatron_vopd.ops import reference
+from megatron_vopd.ops.autograd import Problem
+from megatron_vopd.ops.fields import Coefficients, DistillStats
+from megatron_vopd.ops.linear import LinearDistillFunction, LinearProblem
 from tests.gpu import check_kernels
 from tests.support import cuda_emulation
+from tests.support.pretend_cuda import OnCuda, PretendCuda
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +68,71 @@ def test_padding_has_no_mass_beside_minus_inf(kernels, temperature):
     packed = kernels.local_stats(x, y, torch.tensor([-1]), 100, temperature, 0)[0]
     assert packed[0, 2] == 0
     assert packed[0, 3] == 100
+
+
+def mixed(stats: DistillStats) -> Coefficients:
+    like = stats.student_logprob_T.detach()
+    weights = {"policy": 0.3, "reverse": 0.2, "forward": 0.8, "entropy": 0.0, "topk": 0.1}
+    return Coefficients(**{name: torch.full_like(like, w) for name, w in weights.items()})
+
+
+class Context:
+    """What autograd gives a Function; alone, because the engine leaves modes of torch behind."""
+
+    needs_input_grad = (True, True, False, False, False, False)
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None:
+        pass
+
+    def set_materialize_grads(self, value: bool) -> None:
+        pass
+
+
+@pytest.mark.parametrize("gradient_in_forward", [True, False])
+def test_lm_heads_take_one_product_per_matrix_and_no_copy_of_the_gradient(
+    kernels, gradient_in_forward
+):
+    """The CUDA path of ops/linear.py in bf16: dW in place by one product a chunk (F14)."""
+    tokens, width, vocab_size, chunk = 10, 16, 2003, 4
+    generator = torch.Generator().manual_seed(5)
+    shapes = ((tokens, width), (vocab_size, width)) * 2
+    tensors = [torch.randn(*s, generator=generator).bfloat16() for s in shapes]
+    labels = torch.arange(tokens) * 7
+    problem = Problem(0, vocab_size, 0, 1.0, 5, kernels, lambda wire: wire[None])
+    whole = LinearProblem(
+        problem, mixed, chunk, gradient_in_forward, lambda x: x, lambda x: x, torch.bfloat16
+    )
+    x, w, y, u, ids = (z.as_subclass(OnCuda) for z in (*tensors, labels))
+    context = Context()
+    with torch.no_grad(), PretendCuda() as pretended:
+        loss = LinearDistillFunction.forward(context, x, w, y, u, ids, whole)[0]
+        found = LinearDistillFunction.backward(context, torch.ones((), device="cuda"))[:2]
+    assert loss is not None
+    again = 1 if gradient_in_forward else 2
+    # Three chunks: logits of both models (again in the backward), dX; and dW.
+    assert pretended.products == {"mm": 3 * (2 * again + 1), "addmm": 3}
+    # Chunks of 4, 4 and 2 tokens.
+    logits_sized = {4 * vocab_size, 2 * vocab_size}
+    assert not logits_sized.intersection(pretended.copied), "the gradient at the logits was copied"
+
+    wide = [z.double().requires_grad_() for z in tensors]
+    values = reference.definition(wide[0] @ wide[1].T, (wide[2] @ wide[3].T).detach(), labels)
+    top = (wide[0] @ wide[1].T).topk(5, dim=-1)
+    other = (wide[2] @ wide[3].T).gather(1, top.indices).detach().log_softmax(-1)
+    log_p = top.values.log_softmax(-1)
+    expected = (
+        -0.3 * values["student_logprob"]
+        + 0.2 * values["reverse_kl"]
+        + 0.8 * values["forward_kl"]
+        + 0.1 * (log_p.exp() * (log_p - other)).sum(-1)
+    ).sum()
+    expected.backward()
+    assert float(loss) == pytest.approx(expected.item(), rel=1e-5)
+    for actual, exact in zip(found, wide[:2], strict=True):
+        assert actual is not None and exact.grad is not None
+        error = (actual.double() - exact.grad).norm() / exact.grad.norm()
+        assert error < 1e-2

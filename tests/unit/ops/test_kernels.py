@@ -89,7 +89,7 @@ def gradient_on(bounds, x, y, labels, coefficients, **options) -> torch.Tensor:
         gradient = autograd.student_gradient(student, teacher, local, merged, coefficients, problem)
         assert torch.count_nonzero(gradient[:, problem.num_valid :]) == 0
         again = autograd.student_gradient(
-            student, teacher, local, merged, coefficients, problem, in_place=True
+            student, teacher, local, merged, coefficients, problem, into="student"
         )
         torch.testing.assert_close(again, gradient, rtol=0, atol=0, equal_nan=True)
         return gradient[:, : problem.num_valid]
