@@ -284,7 +284,8 @@ __device__ inline void add_batch(ThreadState& s, const T* x, const T* y, int blo
     }
 }
 
-// All threads call it; a barrier must follow before the scratch (kScratch) or the keys are used.
+// All threads call it. When it returns the keys are there, and the first kWarps doubles of the
+// scratch (kScratch) are free; threads may still read the others.
 // with_keys: block_keys (shared) gets the order key of each block's maximum.
 template <bool with_keys, typename T>
 __device__ void row_stats(const T* x, const T* y, const int64_t* label_at, const Blocks& blocks,

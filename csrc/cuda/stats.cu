@@ -33,7 +33,6 @@ __global__ void __launch_bounds__(kThreads, kCtas) stats_kernel(Logits logits, L
     row_stats<with_topk>(x, y, logits.labels + t, blocks, logits.temperature, block_keys, scratch,
                          packed);
     if constexpr (with_topk) {
-        __syncthreads();
         const TopkRow<T> row = {x, blocks, block_keys};
         const int64_t at = t * out.topk;
         row_topk(row, y, out.topk, entries, &counter, reinterpret_cast<int*>(scratch),

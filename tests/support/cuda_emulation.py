@@ -9,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ CSRC = HERE.parents[1] / "csrc"
 EXPORTS = """
 using namespace megatron_vopd;
 using namespace megatron_vopd::cuda;
+extern "C" void emulated_order(uint32_t seed) { emulation::shuffle_seed = seed; }
 extern "C" void emulated_stats(const Logits& a, const LocalStats& b, int64_t n) {
     local_stats(a, b, n, nullptr);
 }
@@ -64,6 +67,14 @@ def build(folder: Path) -> ctypes.CDLL:
     command += [f"-I{HERE / 'emulation'}", str(folder / "all.cpp"), "-o", str(folder / "all.so")]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(folder / "all.so"))
+
+
+@contextmanager
+def shuffled(library: ctypes.CDLL, seed: int) -> Iterator[None]:
+    """Let threads run in another order each time between two barriers; the order is the seed's."""
+    library.emulated_order(ctypes.c_uint32(seed))
+    yield
+    library.emulated_order(ctypes.c_uint32(0))
 
 
 def _struct(*fields: tuple[str, Any]) -> type[ctypes.Structure]:

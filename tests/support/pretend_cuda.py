@@ -15,6 +15,26 @@ from torch.overrides import TorchFunctionMode
 PRODUCTS = ("mm", "addmm")
 
 
+class Context:
+    """What autograd gives a Function, for one whose forward and backward are called directly.
+
+    The engine itself leaves modes of torch behind, and needs a device where tensors say so.
+    """
+
+    needs_input_grad = (True, True, False, False, False, False)
+    saved_tensors: tuple[torch.Tensor, ...]
+
+    def save_for_backward(self, *tensors: torch.Tensor) -> None:
+        """Keep the tensors."""
+        self.saved_tensors = tensors
+
+    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None:
+        """Ignore it: there is no graph."""
+
+    def set_materialize_grads(self, value: bool) -> None:
+        """Ignore it: the caller gives every gradient."""
+
+
 class OnCuda(torch.Tensor):
     """A CPU tensor whose `device` is cuda; results of operations on it are of its kind."""
 

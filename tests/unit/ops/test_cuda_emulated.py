@@ -16,14 +16,19 @@ from megatron_vopd.ops.fields import Coefficients, DistillStats
 from megatron_vopd.ops.linear import LinearDistillFunction, LinearProblem
 from tests.gpu import check_kernels
 from tests.support import cuda_emulation
-from tests.support.pretend_cuda import OnCuda, PretendCuda
+from tests.support.pretend_cuda import Context, OnCuda, PretendCuda
 
 
 @pytest.fixture(scope="module")
-def kernels(tmp_path_factory):
+def library(tmp_path_factory):
     if shutil.which("g++") is None:
         pytest.skip("g++ is not on this machine")
-    return cuda_emulation.kernels(cuda_emulation.build(tmp_path_factory.mktemp("cuda")))
+    return cuda_emulation.build(tmp_path_factory.mktemp("cuda"))
+
+
+@pytest.fixture(scope="module")
+def kernels(library):
+    return cuda_emulation.kernels(library)
 
 
 @pytest.mark.parametrize("kind", check_kernels.KINDS)
@@ -46,6 +51,31 @@ def test_topk_of_long_rows_and_lists(kernels, kind, k):
     labels = torch.zeros(1, dtype=torch.long)
     ids = kernels.local_stats(x, y, labels, 30001, 1.0, k)[3]
     assert torch.equal(ids, torch.sort(x, dim=-1, descending=True, stable=True).indices[:, :k])
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "ascending", "ties", "constant"])
+def test_results_do_not_depend_on_the_order_of_threads(library, kernels, kind):
+    """A barrier that is missing shows, which threads that run in order may hide."""
+    vocab_size, k = 5003, 300
+    x, y = check_kernels.rows(kind, vocab_size)
+    x, y, labels = x[:2], y[:2], torch.tensor([5, 5002])
+    coefficients = torch.tensor([check_kernels.MIXES["all"]] * 2, dtype=torch.float64)
+
+    def results() -> list[torch.Tensor]:
+        parts = kernels.local_stats(x, y, labels, vocab_size, 1.0, k)
+        final = kernels.merge_stats(parts[0][None], 1e-4)
+        lists = kernels.merge_topk(parts[1][None], parts[2][None], torch.tensor([k]), k)
+        summary = torch.ones(2, 6, dtype=torch.float64)
+        tail = (final, coefficients, vocab_size, 1.0, parts[3], lists[2][:, 0], summary)
+        narrow = y.clone()
+        kernels.logits_gradient_narrow_(x, narrow, labels, *tail)
+        return [*parts, final, *lists, kernels.logits_gradient(x, y, labels, *tail), narrow]
+
+    expected = results()
+    for seed in (1, 2, 3):
+        with cuda_emulation.shuffled(library, seed):
+            for actual, exact in zip(results(), expected, strict=True):
+                assert torch.equal(actual.view(torch.uint8), exact.view(torch.uint8)), seed
 
 
 @pytest.mark.parametrize("nan_side", ["student", "teacher"])
@@ -74,22 +104,6 @@ def mixed(stats: DistillStats) -> Coefficients:
     like = stats.student_logprob_T.detach()
     weights = {"policy": 0.3, "reverse": 0.2, "forward": 0.8, "entropy": 0.0, "topk": 0.1}
     return Coefficients(**{name: torch.full_like(like, w) for name, w in weights.items()})
-
-
-class Context:
-    """What autograd gives a Function; alone, because the engine leaves modes of torch behind."""
-
-    needs_input_grad = (True, True, False, False, False, False)
-    saved_tensors: tuple[torch.Tensor, ...]
-
-    def save_for_backward(self, *tensors: torch.Tensor) -> None:
-        self.saved_tensors = tensors
-
-    def mark_non_differentiable(self, *tensors: torch.Tensor) -> None:
-        pass
-
-    def set_materialize_grads(self, value: bool) -> None:
-        pass
 
 
 @pytest.mark.parametrize("gradient_in_forward", [True, False])

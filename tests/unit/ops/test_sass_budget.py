@@ -11,12 +11,13 @@ import pytest
 from tests.support import sass
 
 # Instructions per column of each main loop. The first version of the kernels had 30.6 for the
-# statistics, 44.8 with a top-k (fp32), and 18.2, 23.1 and 36.5 for the three gradients.
+# statistics, 44.8 with a top-k (fp32), and 18.2, 23.1 and 36.5 for the three gradients. The budgets
+# leave 5 to 10 % for another nvcc than 13.0.
 INSTRUCTIONS = {
-    "statistics fp32": {"": 20},
-    "statistics and top-k fp32": {"": 22.5},
-    "statistics bf16": {"": 22},
-    "statistics and top-k bf16": {"": 24.5},
+    "statistics fp32": {"": 20.5},
+    "statistics and top-k fp32": {"": 23.5},
+    "statistics bf16": {"": 22.5},
+    "statistics and top-k bf16": {"": 25},
     "gradient fp32": {"policy": 11.5, "reverse": 22.5, "forward": 36.5},
     "gradient fp32 to bf16": {"policy": 11.5, "reverse": 23, "forward": 37},
     "gradient bf16": {"policy": 12, "reverse": 24.5, "forward": 38.5},
