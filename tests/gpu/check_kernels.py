@@ -49,13 +49,16 @@ def rows(kind: str, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
         x = (x > 0).float()
     elif kind == "extreme":
         x, y = x.sign() * 80, y.sign() * 80
+    elif kind == "offset":
+        # References that are not close: the difference of two logits would lose digits.
+        y = y + 300
     elif kind == "minus_inf":
         x[:, ::7], y[:, ::7] = -torch.inf, -torch.inf
     return x.contiguous(), y.contiguous()
 
 
 KINDS = ("gaussian", "spikes", "constant", "ascending", "ties", "two_levels", "extreme")
-KINDS += ("minus_inf",)
+KINDS += ("minus_inf", "offset")
 
 
 def shards(vocab_size: int, tp: int) -> list[tuple[int, int]]:

@@ -44,10 +44,13 @@ def test_kernels_equal_the_reference(kernels, kind, dtype, temperature):
         assert not complaints, (vocab_size, tp)
 
 
-@pytest.mark.parametrize("kind", ["ascending", "constant", "two_levels", "gaussian"])
+@pytest.mark.parametrize("kind", ["ascending", "constant", "two_levels", "gaussian", "nan"])
 @pytest.mark.parametrize("k", [1, 700])
 def test_topk_of_long_rows_and_lists(kernels, kind, k):
     x, y = (z[:1] for z in check_kernels.rows(kind, 30001))
+    if kind == "nan":
+        # First in the order, and in blocks whose numbers alone would not be looked at.
+        x[0, [1234, 20002]], x[0, 20003] = torch.nan, -9.0
     labels = torch.zeros(1, dtype=torch.long)
     ids = kernels.local_stats(x, y, labels, 30001, 1.0, k)[3]
     assert torch.equal(ids, torch.sort(x, dim=-1, descending=True, stable=True).indices[:, :k])
