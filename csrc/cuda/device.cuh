@@ -21,6 +21,8 @@ namespace megatron_vopd::cuda {
 constexpr int kThreads = MEGATRON_VOPD_THREADS;
 constexpr int kCtas = MEGATRON_VOPD_CTAS;
 constexpr int kWarps = kThreads / 32;
+static_assert(kThreads % 32 == 0 && kThreads <= 1024, "whole warps, one block");
+static_assert(kThreads * kCtas * 64 <= 65536, "with fewer than 64 registers the loops would spill");
 // References start here; padding is so far below that it has no mass at any temperature.
 constexpr float kLowestReference = -1.0e30f;
 constexpr float kPadding = -1.0e35f;

@@ -26,7 +26,7 @@ struct Logits {
 
 // Columns per block maximum, and the largest shard whose maxima fit into shared memory.
 constexpr int kBlock = 256;
-constexpr int64_t kMaxColumns = int64_t{3800} * kBlock;
+constexpr int64_t kMaxColumns = int64_t{3700} * kBlock;
 constexpr int64_t kMaxTopk = 1024;
 // Columns of a row are counted in 32 bits.
 constexpr int64_t kMaxWidth = int64_t{1} << 30;

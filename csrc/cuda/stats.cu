@@ -15,6 +15,11 @@ __device__ void write_empty(double* packed) {
     }
 }
 
+// What a top-k over the largest shard takes of the 48 KiB that need no permission.
+static_assert(kScratch * sizeof(double) + sizeof(int) + kCandidates * sizeof(unsigned long long) +
+                  (kMaxColumns / kBlock + 2) * sizeof(int) <=
+              49152);
+
 template <typename T, bool with_topk>
 __global__ void __launch_bounds__(kThreads, kCtas) stats_kernel(Logits logits, LocalStats out) {
     extern __shared__ unsigned long long entries[];
