@@ -38,12 +38,14 @@ class Loop:
         tensors: rows that are read.
         exponentials: of each column.
         reductions: over the warp, of each 8 columns of a thread.
+        multiply_adds: of each column; None: whatever the cheapest way takes.
     """
 
     columns: int
     tensors: int
     exponentials: int
     reductions: int = 0
+    multiply_adds: int | None = None
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,9 @@ class Kernel:
 
 
 def _kernels() -> dict[str, Kernel]:
-    statistics, with_keys = {"": Loop(16, 2, 2)}, {"": Loop(16, 2, 2, 1)}
+    # Nine multiply-adds: the form of d^ for models that are close, one more than the other form.
+    statistics = {"": Loop(16, 2, 2, multiply_adds=9)}
+    with_keys = {"": Loop(16, 2, 2, reductions=1, multiply_adds=9)}
     result = {}
     for dtype, mangled, size in (("fp32", "f", 4), ("bf16", "13__nv_bfloat16", 2)):
         name = f"stats_kernelI{mangled}Lb"
@@ -79,8 +83,9 @@ def _kernels() -> dict[str, Kernel]:
 
 
 KERNELS = _kernels()
-# 16-byte loads, other loads, exponentials, reductions over the warp, accesses of the stack.
-Work = tuple[int, int, int, int, int]
+# 16-byte loads, other loads, exponentials, reductions over the warp, multiply-adds, accesses of the
+# stack.
+Work = tuple[int, int, int, int, int, int]
 
 
 @dataclass(frozen=True)
@@ -170,19 +175,23 @@ def _kind(instruction: Instruction) -> Work:
     wide = re.search(r"\bLDG\.E\S*\.128\b", text) is not None
     other = not wide and re.search(r"\bLDG\b", text) is not None
     stack = re.search(r"\b(LDL|STL)\b", text) is not None
-    return int(wide), int(other), int("MUFU.EX2" in text), int("REDUX" in text), int(stack)
+    exponential, reduction, fma = "MUFU.EX2" in text, "REDUX" in text, "FFMA" in text
+    return int(wide), int(other), int(exponential), int(reduction), int(fma), int(stack)
 
 
 def ways_around(code: list[Instruction], first: int, last: int) -> dict[Work, int]:
     """Return the fewest instructions from `first` to `last`, forwards, by what they do."""
     at = {label: i for i, line in enumerate(code) for label in line.labels}
-    states: dict[int, dict[Work, int]] = {first: {(0, 0, 0, 0, 0): 0}}
+    states: dict[int, dict[Work, int]] = {first: {(0, 0, 0, 0, 0, 0): 0}}
     for i in range(first, last + 1):
         here = states.pop(i, None)
         if here is None:
             continue
-        a, b, c, d, e = _kind(code[i])
-        done = {(k[0] + a, k[1] + b, k[2] + c, k[3] + d, k[4] + e): n + 1 for k, n in here.items()}
+        a, b, c, d, e, f = _kind(code[i])
+        done = {
+            (k[0] + a, k[1] + b, k[2] + c, k[3] + d, k[4] + e, k[5] + f): n + 1
+            for k, n in here.items()
+        }
         if i == last:
             return done
         target = code[i].target
@@ -210,11 +219,11 @@ def main_loop(code: list[Instruction], loop: Loop, element_size: int) -> tuple[i
     for last, line in enumerate(code):
         first = at.get(line.target or "", last + 1)
         if first <= last:
-            ways = ways_around(code, first, last)
             fitting = [
-                (count, work[4])
-                for work, count in ways.items()
+                (count, work[5])
+                for work, count in ways_around(code, first, last).items()
                 if work[:4] == (loads, 0, exponentials, reductions)
+                and loop.multiply_adds in (None, work[4] / loop.columns)
             ]
             turns += [min(fitting)] if fitting else []
     return max(turns, default=None)
