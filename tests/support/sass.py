@@ -83,6 +83,8 @@ def _kernels() -> dict[str, Kernel]:
 
 
 KERNELS = _kernels()
+# Ways with more exponentials are not followed: no loop has so many in one turn.
+MOST_EXPONENTIALS = 32
 # 16-byte loads, other loads, exponentials, reductions over the warp, multiply-adds, accesses of the
 # stack.
 Work = tuple[int, int, int, int, int, int]
@@ -201,32 +203,40 @@ def ways_around(code: list[Instruction], first: int, last: int) -> dict[Work, in
         for successor in following:
             there = states.setdefault(successor, {})
             for key, count in done.items():
+                if key[2] > MOST_EXPONENTIALS:
+                    continue
                 there[key] = min(count, there.get(key, count))
     return {}
 
 
-def main_loop(code: list[Instruction], loop: Loop, element_size: int) -> tuple[int, int] | None:
+def turns(code: list[Instruction]) -> list[dict[Work, int]]:
+    """Return the ways around every loop, by what they do."""
+    at = {label: i for i, line in enumerate(code) for label in line.labels}
+    loops = ((at.get(line.target or "", last + 1), last) for last, line in enumerate(code))
+    return [ways_around(code, first, last) for first, last in loops if first <= last]
+
+
+def main_loop(
+    loops: list[dict[Work, int]], loop: Loop, element_size: int
+) -> tuple[int, int] | None:
     """Return instructions and accesses of the stack in one turn of a main loop.
 
     The cheapest way around counts, over columns that all come in vectors: what an edge of the row
     or a change of references costs is left out. Of several loops that do the same, the dearest
     counts. None: there is no such loop.
     """
-    at = {label: i for i, line in enumerate(code) for label in line.labels}
     loads = loop.columns * loop.tensors * element_size // 16
     exponentials, reductions = loop.exponentials * loop.columns, loop.reductions * loop.columns // 8
-    turns = []
-    for last, line in enumerate(code):
-        first = at.get(line.target or "", last + 1)
-        if first <= last:
-            fitting = [
-                (count, work[5])
-                for work, count in ways_around(code, first, last).items()
-                if work[:4] == (loads, 0, exponentials, reductions)
-                and loop.multiply_adds in (None, work[4] / loop.columns)
-            ]
-            turns += [min(fitting)] if fitting else []
-    return max(turns, default=None)
+    found = []
+    for ways in loops:
+        fitting = [
+            (count, work[5])
+            for work, count in ways.items()
+            if work[:4] == (loads, 0, exponentials, reductions)
+            and loop.multiply_adds in (None, work[4] / loop.columns)
+        ]
+        found += [min(fitting)] if fitting else []
+    return max(found, default=None)
 
 
 def listings(flags: tuple[str, ...] = ()) -> dict[str, tuple[str, str]]:
@@ -269,9 +279,9 @@ def figures(flags: tuple[str, ...] = ()) -> dict[str, Figures]:
             next(part for part in sections if re.match(rf"{kind}\.\S*{kernel.mangled}", part))
             for kind in (r"\.text", r"\.nv\.info")
         )
-        code = parse(text)
-        turns = {
-            loop: main_loop(code, does, kernel.element_size) for loop, does in kernel.loops.items()
+        loops = turns(parse(text))
+        found = {
+            loop: main_loop(loops, does, kernel.element_size) for loop, does in kernel.loops.items()
         }
         result[name] = Figures(
             registers=_number(r"Used (\d+) registers", said),
@@ -281,9 +291,9 @@ def figures(flags: tuple[str, ...] = ()) -> dict[str, Figures]:
             shared_bytes=_number(r"(\d+) bytes smem", said) + kernel.dynamic_shared,
             threads=_number(r"EIATTR_MAX_THREADS(?:.*\n)+?.*\.word\s+(0x[0-9a-f]+)", info),
             per_column={
-                loop: turn[0] / kernel.loops[loop].columns for loop, turn in turns.items() if turn
+                loop: turn[0] / kernel.loops[loop].columns for loop, turn in found.items() if turn
             },
-            hot_spills=sum(turn[1] for turn in turns.values() if turn),
+            hot_spills=sum(turn[1] for turn in found.values() if turn),
         )
     return result
 
