@@ -87,13 +87,13 @@ __device__ inline float gradient_of(float x, float y, const GradientRow& row) {
     return value + (fabsf(w) < kSmallRatio ? p * ratio_below_one(w) : apart);
 }
 
-// This lane's group of a whole block, by vectors; `to` is the group's first element. A gradient in
-// bf16 of fp32 logits takes their layout: two vectors of 4.
 __device__ inline uint32_t bf16_pair(float low, float high) {
     const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&pair);
 }
 
+// This lane's group of a whole block, by vectors; `to` is the group's first element. A gradient in
+// bf16 of fp32 logits takes their layout: two vectors of 4.
 template <typename T>
 __device__ inline void store_vectors(float* to, const float (&value)[kGroup]) {
     *reinterpret_cast<float4*>(to) = make_float4(value[0], value[1], value[2], value[3]);
