@@ -59,7 +59,7 @@ CARELESS: list[tuple[str, tuple[str, str], list[str], str, str]] = [
     (
         "engine",
         ("", ""),
-        ["rollout.tp=16", "--world-size", "16"],
+        ["rollout.tp=16", "parallel.device=cpu", "--world-size", "16"],
         "rollout.tp",
         "divisor of the st",
     ),
@@ -102,7 +102,8 @@ class TestCareless:
         assert "check the path" in lines[0]
 
     def test_every_problem_is_listed(self, check: Run) -> None:
-        status, out, lines = check("rollout.tp=3", "teacher.pp=4", "--world-size", "8")
+        settings = ("rollout.tp=3", "parallel.device=cpu", "teacher.pp=4")
+        status, out, lines = check(*settings, "--world-size", "8")
         assert status == 2
         assert {line.split(":")[0] for line in lines[:-1]} == {"rollout.tp", "teacher.pp"}
         assert lines[-1] == f"{len(lines) - 1} problems found"
