@@ -189,9 +189,9 @@ def resolved_device(asked: str) -> str:
     device = asked if asked != "auto" else "cuda" if has_gpu else "cpu"
     gpus, ranks = torch.cuda.device_count() if device == "cuda" else 0, local_ranks(os.environ)
     if device == "cuda" and gpus < ranks:
-        got = f"{asked}, with {gpus} for the {ranks} ranks of this machine"
+        got = f"{asked}, and GPUs: {gpus} for the {ranks} ranks of this machine"
         remedy = f"start --nproc-per-node {gpus} with smaller layouts, or set parallel.device=cpu"
-        raise refusal("parallel.device", got, "a GPU for each rank", remedy)
+        raise refusal("parallel.device", got, "a GPU for each", remedy)
     return device
 
 
