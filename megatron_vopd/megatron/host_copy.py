@@ -18,7 +18,7 @@ ALIGNMENT = 256
 
 
 def pin(block: Tensor) -> None:
-    """Pin the memory of a tensor on the host, for copies at full speed and beside other work.
+    """Lock the memory of a tensor on the host, for copies at full speed and beside other work.
 
     Raises:
         UserError: the system does not allow that much locked memory.

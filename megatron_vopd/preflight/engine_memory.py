@@ -1,4 +1,4 @@
-"""What vLLM adds to a GPU: its share while it samples, buffers of a push, what stays asleep.
+"""Memory that vLLM adds to a GPU: its share, buffers of a push, and what it keeps asleep.
 
 A local engine takes its share of the GPU of a replica's first rank, and gives back its weights and
 its cache while it sleeps (level 2: nothing is kept in host memory, since a push follows). Two parts

@@ -1,4 +1,4 @@
-"""What a server has to offer before a run samples from it, asked over its own routes."""
+"""Checks of a server before a run samples from it, over its own routes."""
 
 from __future__ import annotations
 
