@@ -22,13 +22,13 @@ def require_rank(environment: Mapping[str, str]) -> None:
     Raises:
         ConfigError: one is missing, no number, or out of range: a wrong one would wait for ever.
     """
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         if not environment.get(name):
             raise refusal(name, "nothing", "the environment of a rank", _HOW)
     world_size = _number(environment, "WORLD_SIZE", 1, 2**31)
     _number(environment, "RANK", 0, world_size - 1)
-    _number(environment, "MASTER_PORT", 1, 65535)
-    local_size = _number(environment, "LOCAL_WORLD_SIZE", 1, world_size, default="1")
+    _number(environment, "MASTER_PORT", 1, 65535, default="29500")
+    local_size = _number(environment, "LOCAL_WORLD_SIZE", 1, world_size, str(world_size))
     _number(environment, "LOCAL_RANK", 0, local_size - 1, default="0")
 
 

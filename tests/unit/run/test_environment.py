@@ -31,7 +31,7 @@ RANK |= {"LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"}
     ("change", "line"),
     [
         ({"RANK": ""}, "RANK: got nothing, expected the environment of a rank; start it with"),
-        ({"MASTER_PORT": ""}, "MASTER_PORT: got nothing"),
+        ({"MASTER_PORT": ""}, "MASTER_PORT: got ''"),
         ({"RANK": "4"}, "RANK: got '4', expected an integer from 0 to 3; start it with"),
         ({"RANK": "-1"}, "RANK: got '-1'"),
         ({"WORLD_SIZE": "four"}, "WORLD_SIZE: got 'four', expected an integer from 1"),
