@@ -19,9 +19,10 @@ from megatron_vopd.config import load_config
 from megatron_vopd.config.schema import Config
 from megatron_vopd.config.table import config_table_markdown
 from megatron_vopd.config.world import smallest_world
-from megatron_vopd.data.prompts import evaluation_problems
+from megatron_vopd.data.prompts import evaluation_problems, training_problems
 from megatron_vopd.errors import MISTAKE, OK, ConfigError, Problem, UserError, shown
 from megatron_vopd.preflight.checks import preflight
+from megatron_vopd.preflight.servers import LOOPBACK, server_commands, server_line
 from megatron_vopd.preflight.show import print_config, print_memory, print_ranks
 from megatron_vopd.run.report import described, write_report
 from megatron_vopd.run.status import FINAL, clear, exit_code, run_dir_of
@@ -51,6 +52,14 @@ _EXIT_HELP = """\
 Read status.json of the run and exit with 0 (done), 75 (stopped and saved: start it again),
 93 (do not start it again) or 1 (crashed, killed, or did not begin). Takes the configuration and
 the settings that were given to the training command, and ignores that command's options."""
+
+_SERVERS_HELP = """\
+Print the command that starts each vLLM server of a run with rollout.engine=server: those of
+rollout.urls at one host, one command on a line. Model, type, context length, tensor parallelism,
+ports and GPUs are those of the configuration, so that servers and run cannot differ. The commands
+are for a shell; examples/servers/start.sh runs them. parallel.device=cpu gives servers without a
+GPU, any other value servers on GPUs.
+Exit status: 0, or 2 for a mistake."""
 
 _DEMO_HELP = """\
 From nothing to a distilled student in one command, on real parts and two cores without a GPU: makes
@@ -99,6 +108,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "  vopd check --help      more about it\n"
         "  vopd report RUN_DIR    curves of a run, as report.html\n"
         "  vopd exit-code CONFIG  how the run ended, for launch scripts\n"
+        "  vopd server-commands CONFIG  how to start the vLLM servers of a run\n"
         "  vopd demo              see it all work, in about ten minutes",
         formatter_class=plain,
     )
@@ -117,6 +127,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     reporting.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
     _add_exit_code(commands)
+    _add_servers(commands)
     _add_demo(commands)
     table = commands.add_parser(
         "config-table",
@@ -137,13 +148,35 @@ def _add_exit_code(commands: Any) -> None:
     ending.set_defaults(
         run=lambda given: end_of_run(given.config, given.overrides, given.clear), takes=_SETTINGS
     )
-    ending.add_argument("config", metavar="CONFIG", help="as given to the training command")
-    ending.add_argument("overrides", metavar="section.key=value", nargs="*", default=[])
+    _take_config(ending, "as given to the training command")
     ending.add_argument(
         "--clear", action="store_true", help="before a start: forget how the last one ended"
     )
     # An option of the training command, which gets the same arguments.
     ending.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)
+
+
+def _take_config(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=meaning)
+    setting = {"metavar": "section.key=value", "help": "settings that replace the file's"}
+    parser.add_argument("overrides", nargs="*", default=[], **setting)
+
+
+def _add_servers(commands: Any) -> None:
+    serving = commands.add_parser(
+        "server-commands",
+        help="print the commands that start a run's vLLM servers",
+        description=_SERVERS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serving.set_defaults(
+        run=lambda given: commands_of_servers(given.config, given.overrides, given.host),
+        takes=_SETTINGS,
+    )
+    _take_config(serving, "as given to the training command")
+    serving.add_argument(
+        "--host", default=LOOPBACK[0], help="servers of which host (default: %(default)s)"
+    )
 
 
 def _add_check(commands: Any) -> None:
@@ -158,14 +191,7 @@ def _add_check(commands: Any) -> None:
         run=lambda given: check(given.config, given.overrides, given.world_size, given.gpu_memory),
         takes=_SETTINGS,
     )
-    checking.add_argument("config", metavar="CONFIG", help="YAML file; see examples/")
-    checking.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        default=[],
-        help="settings that replace the file's",
-    )
+    _take_config(checking, "YAML file; see examples/")
     checking.add_argument(
         "--world-size",
         type=int,
@@ -251,15 +277,40 @@ def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: f
     findings = preflight(config, num_ranks)
     if config.evaluates:
         findings.problems += evaluation_problems(config.data)
+    if config.has_rollouts:
+        needs_answer, teachers = config.objective.task_reward_weight > 0, list(config.teachers)
+        keys = [f"teachers.{name}" for name in teachers]
+        findings.problems += training_problems(config.data, keys, needs_answer)
     if findings.cuts:
         print_ranks(console, findings.cuts, num_ranks, reason)
     if not findings.problems and findings.cuts.keys() == findings.facts.keys():
         print_memory(console, config, findings, gpu_memory)
     for notice in findings.notices:
         console.print(Text(f"note: {notice}"), soft_wrap=True)
+    if config.has_engines and config.rollout.engine == "server":
+        line = server_line(config.rollout, config.max_engine_tokens)
+        console.print(Text(line), soft_wrap=True)
     if findings.problems:
         return _report(findings.problems)
     console.print(Text("no problems found", style="green"))
+    return OK
+
+
+def commands_of_servers(path: str, overrides: list[str], host: str) -> int:
+    """Print the commands that start the servers of a run at `host`; return the exit status.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value` each.
+        host: host of URLs in `rollout.urls`, at which the servers will listen.
+    """
+    try:
+        config = load_config(path, overrides)
+        on_gpu, visible = config.parallel.device != "cpu", os.environ.get("CUDA_VISIBLE_DEVICES")
+        known = (config.max_engine_tokens, on_gpu, host, visible)
+        print("\n".join(server_commands(config.rollout, config.student.path, *known)))
+    except ConfigError as error:
+        return _report(error.problems)
     return OK
 
 

@@ -265,7 +265,16 @@ def _rollout(config: Config) -> Iterator[Problem]:
                 "close that network to everybody else, then set rollout.allow_remote=true",
                 ("rollout.allow_remote",),
             )
-    if rollout.max_staleness and rollout.engine == "local" and config.parallel.device != "cpu":
+    shares_gpus = rollout.engine == "local" and config.parallel.device != "cpu"
+    if shares_gpus and rollout.tp > 1:
+        yield Problem(
+            "rollout.tp",
+            str(rollout.tp),
+            "1 when an engine shares the GPU of its trainer",
+            "set rollout.tp=1, or use rollout.engine=server (or parallel.device=cpu)",
+            ("rollout.engine", "parallel.device"),
+        )
+    if shares_gpus and rollout.max_staleness:
         yield Problem(
             "rollout.max_staleness",
             str(rollout.max_staleness),

@@ -274,9 +274,21 @@ class Config(Section):
         return self.data.evaluation is not None and self.evaluation.interval > 0
 
     @property
+    def has_engines(self) -> bool:
+        """True if the run samples at all: to train, to be evaluated, or both."""
+        return self.has_rollouts or self.evaluates
+
+    @property
     def max_response_tokens(self) -> int:
         """Longest response that training can ask for, in tokens."""
         return self.curriculum.ladder[-1]
+
+    @property
+    def max_engine_tokens(self) -> int:
+        """Longest prompt and response together that an engine is asked for, in tokens."""
+        trained = self.max_response_tokens if self.has_rollouts else 0
+        evaluated = self.evaluation.max_tokens if self.evaluates else 0
+        return self.data.max_prompt_tokens + max(trained, evaluated)
 
 
 def section_models() -> dict[str, type[Section]]:

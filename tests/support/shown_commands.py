@@ -39,8 +39,10 @@ SHOWN: dict[str, str] = {
     "unit/run/test_status.py::TestScripts",
     "sbatch examples/qwen3_4b_from_235b/launch.sbatch student.path=./Qwen3-4B "
     "teacher.path=./Qwen3-235B-A22B": "tests/unit/run/test_status.py::TestScripts",
-    "DEVICE=cpu DTYPE=float32 examples/servers/start.sh ./runs/demo/models/start 2 8000": "tests/"
+    "examples/servers/start.sh examples/arithmetic/distil.yaml rollout.engine=server "
+    "'rollout.urls=[http://127.0.0.1:8000, http://127.0.0.1:8001]'": "tests/"
     "integration/rollout/test_engine_servers.py",
+    "vopd server-commands examples/qwen3_8b_from_32b/config.yaml": "run 0",
     "torchrun --nproc-per-node 4 tools/convert_hf_to_megatron.py ./Qwen3-tiny "
     "./Qwen3-tiny-megatron --tp 2 --pp 2 --verify": "tests/test_docs.py::test_conversions",
     "python tools/convert_megatron_to_hf.py ./Qwen3-tiny-megatron ./Qwen3-tiny-again --verify": (
