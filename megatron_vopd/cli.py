@@ -1,4 +1,7 @@
-"""The `vopd` command. A mistake of the user ends in one line per problem and exit status 2."""
+"""The `vopd` command. A mistake of the user ends in one line per problem and exit status 2.
+
+Each command imports what it needs when it runs: `vopd doctor` must work where a package is broken.
+"""
 
 from __future__ import annotations
 
@@ -9,23 +12,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from megatron_vopd import __version__
-from megatron_vopd.config import load_config
-from megatron_vopd.config.schema import Config
-from megatron_vopd.config.table import config_table_markdown
-from megatron_vopd.config.world import smallest_world
-from megatron_vopd.data.prompts import evaluation_problems, training_problems
 from megatron_vopd.errors import MISTAKE, OK, ConfigError, Problem, UserError, shown
-from megatron_vopd.preflight.checks import preflight
-from megatron_vopd.preflight.servers import LOOPBACK, server_commands, server_line
-from megatron_vopd.preflight.show import print_config, print_memory, print_ranks
-from megatron_vopd.run.report import described, write_report
-from megatron_vopd.run.status import FINAL, clear, exit_code, run_dir_of
+from megatron_vopd.preflight.doctor.examine import add_doctor
+
+if TYPE_CHECKING:
+    from megatron_vopd.config.schema import Config
 
 _SETTINGS = "settings are section.key=value"
 
@@ -109,6 +103,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "  vopd report RUN_DIR    curves of a run, as report.html\n"
         "  vopd exit-code CONFIG  how the run ended, for launch scripts\n"
         "  vopd server-commands CONFIG  how to start the vLLM servers of a run\n"
+        "  vopd doctor            does the installation work, and how to mend it\n"
         "  vopd demo              see it all work, in about ten minutes",
         formatter_class=plain,
     )
@@ -128,6 +123,7 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     reporting.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
     _add_exit_code(commands)
     _add_servers(commands)
+    add_doctor(commands)
     _add_demo(commands)
     table = commands.add_parser(
         "config-table",
@@ -175,7 +171,7 @@ def _add_servers(commands: Any) -> None:
     )
     _take_config(serving, "as given to the training command")
     serving.add_argument(
-        "--host", default=LOOPBACK[0], help="servers of which host (default: %(default)s)"
+        "--host", default="127.0.0.1", help="servers of which host (default: %(default)s)"
     )
 
 
@@ -246,6 +242,8 @@ def demo(options: argparse.Namespace) -> int:
 
 def config_table() -> int:
     """Print all settings as a Markdown table; returns the exit status."""
+    from megatron_vopd.config.table import config_table_markdown
+
     print(config_table_markdown(), end="")
     return OK
 
@@ -267,7 +265,15 @@ def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: f
         world_size: number of ranks; None: $WORLD_SIZE, else the fewest that the layouts need.
         gpu_memory: memory of one GPU, 10^9 bytes.
     """
-    console = _console()
+    from rich.text import Text
+
+    from megatron_vopd.config import load_config
+    from megatron_vopd.data.prompts import evaluation_problems, training_problems
+    from megatron_vopd.preflight.checks import preflight
+    from megatron_vopd.preflight.servers import server_line
+    from megatron_vopd.preflight.show import plain_console, print_config, print_memory, print_ranks
+
+    console = plain_console()
     try:
         config = load_config(path, overrides)
         num_ranks, reason = _world_size(config, world_size)
@@ -304,6 +310,9 @@ def commands_of_servers(path: str, overrides: list[str], host: str) -> int:
         overrides: `section.key=value` each.
         host: host of URLs in `rollout.urls`, at which the servers will listen.
     """
+    from megatron_vopd.config import load_config
+    from megatron_vopd.preflight.servers import server_commands
+
     try:
         config = load_config(path, overrides)
         on_gpu, visible = config.parallel.device != "cpu", os.environ.get("CUDA_VISIBLE_DEVICES")
@@ -322,6 +331,8 @@ def end_of_run(path: str, overrides: list[str], is_clearing: bool) -> int:
         overrides: `section.key=value` each.
         is_clearing: remove the status of an earlier start instead; OK if that worked.
     """
+    from megatron_vopd.run.status import FINAL, clear, exit_code, run_dir_of
+
     try:
         run_dir = run_dir_of(path, overrides)
         if is_clearing:
@@ -337,6 +348,8 @@ def end_of_run(path: str, overrides: list[str], is_clearing: bool) -> int:
 
 def report(run_dir: str) -> int:
     """Write the report of a run, print its path and return the exit status."""
+    from megatron_vopd.run.report import described, write_report
+
     try:
         path, recorded = write_report(Path(run_dir))
     except UserError as error:
@@ -346,19 +359,6 @@ def report(run_dir: str) -> int:
         print(f"{run_dir}: the last metrics line is torn and left out", file=sys.stderr)
     print(f"{path}: {described(recorded)}")
     return OK
-
-
-def _console() -> Console:
-    """Make a console of plain text that never cuts lines unless the output is a terminal."""
-    is_terminal = sys.stdout.isatty()
-    return Console(
-        file=sys.stdout,
-        markup=False,
-        emoji=False,
-        highlight=False,
-        width=None if is_terminal else 10_000,
-        force_terminal=is_terminal,
-    )
 
 
 def _report(problems: Sequence[Problem]) -> int:
@@ -373,6 +373,8 @@ def _report(problems: Sequence[Problem]) -> int:
 
 def _world_size(config: Config, given: int | None) -> tuple[int, str]:
     """Return the number of ranks and where it comes from; raises ConfigError."""
+    from megatron_vopd.config.world import smallest_world
+
     if given is not None:
         return given, "--world-size"
     text = os.environ.get("WORLD_SIZE", "").strip()
