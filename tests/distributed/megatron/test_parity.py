@@ -17,7 +17,15 @@ from torch.nn.functional import cross_entropy
 
 from megatron_vopd.megatron.weights import export_tensors
 from tests.support.harness import spawn
-from tests.support.layouts import DENSE_CASES, MOE_CASES, Case, build, enter
+from tests.support.layouts import (
+    CP_CASES,
+    DENSE_CASES,
+    MOE_CASES,
+    MOE_CP_CASES,
+    Case,
+    build,
+    enter,
+)
 from tests.support.tiny_models import DENSE, TinyModel
 from tests.support.training import Microbatch, forward_backward, make_microbatches, wrap
 
@@ -145,12 +153,12 @@ def _summary(results: list[list[dict]]) -> str:
     return f"logits {logits:.1e}, gradients {gradient:.1e}"
 
 
-@pytest.mark.parametrize("case", DENSE_CASES, ids=str)
+@pytest.mark.parametrize("case", (*DENSE_CASES, *CP_CASES), ids=str)
 def test_dense(case: Case, references: dict[str, list[Reference]]) -> None:
     _check(case, references["dense"])
 
 
-@pytest.mark.parametrize("case", MOE_CASES, ids=str)
+@pytest.mark.parametrize("case", (*MOE_CASES, *MOE_CP_CASES), ids=str)
 def test_moe(case: Case, references: dict[str, list[Reference]]) -> None:
     _check(case, references["moe"])
 
