@@ -47,6 +47,7 @@ MOE_CASES = (
 # Context parallelism; for models of both kinds.
 CP_CASES = (
     Case("cp2", Layout(2, cp=2)),
+    Case("tp2-cp2", Layout(4, tp=2, cp=2)),
     Case("tp2-cp2-sp", Layout(4, tp=2, cp=2), True),
     Case("cp2-pp2", Layout(4, pp=2, cp=2)),
     Case("cp4", Layout(4, cp=4)),
