@@ -6,8 +6,8 @@ for each sequence, each of a block of queries at the end of a prefix of the keys
 together have 2 cp + 1 chunks on every rank, which balances the work.
 
 Keys and values come from all ranks by one all-gather in each layer, before KV heads are repeated.
-What is kept for the backward pass is the prefixes, (2 cp + 1) / 2 times a rank's own keys and values;
-with recomputed attention nothing of them. A ring would keep its own alone.
+The prefixes are kept for the backward pass, (2 cp + 1) / 2 times a rank's own keys and values, or
+gathered again where attention is recomputed. A ring would keep a rank's own alone.
 """
 
 from __future__ import annotations
