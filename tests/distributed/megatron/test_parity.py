@@ -164,8 +164,11 @@ def test_moe(case: Case, references: dict[str, list[Reference]]) -> None:
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations(recompute: str, references: dict[str, list[Reference]]) -> None:
-    case = next(case for case in DENSE_CASES if case.name == "tp2-sp")
+@pytest.mark.parametrize("name", ["tp2-sp", "cp2-pp2"])
+def test_recomputed_activations(
+    name: str, recompute: str, references: dict[str, list[Reference]]
+) -> None:
+    case = next(case for case in (*DENSE_CASES, *CP_CASES) if case.name == name)
     _check(case, references["dense"], recompute)
 
 
