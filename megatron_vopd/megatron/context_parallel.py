@@ -1,4 +1,4 @@
-"""What a context-parallel rank attends to in a packed row, and the gathering of keys and values.
+"""Causal attention of a context-parallel rank: which keys its queries see, and how they come.
 
 Rank r holds chunks r and 2 cp - 1 - r of every sequence (`microbatch.cp_chunks`). A causal query
 sees the keys up to its own place in its sequence, so chunk c attends to chunks 0 .. c: two problems
