@@ -142,8 +142,8 @@ class CausalAttention(torch.nn.Module):
         mixed = []
         for q, k, v in zip(queries, keys, values, strict=True):
             mask = problems.mask(len(q), len(k))
-            heads_first = (x.transpose(0, 1)[None] for x in (q, k, v))
-            mixed.append(self._attend(*heads_first, mask)[0].transpose(0, 1))
+            q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+            mixed.append(self._attend(q, k, v, mask)[0].transpose(0, 1))
         return torch.cat(mixed)
 
     def _attend_packed_cuda(
