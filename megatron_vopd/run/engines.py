@@ -77,7 +77,7 @@ def engines_of(config: Config, model_dir: str, run_dir: Path, device: str) -> En
         """Make neither where nothing is sampled, and no engine on ranks that lead none."""
         if not (step_settings(config, (), None).num_asked or config.evaluates):
             return None, None
-        row = config.train.max_tokens_per_microbatch
+        row = config.max_sequence_tokens
         exact = config.student.dtype == config.rollout.dtype == "fp32"
         probe = make_run_probe(exact, vocab_size, row)
         engine = None

@@ -142,7 +142,17 @@ class TestPhases:
         # 6 hidden, 6 queries, 4 keys, 5 intermediate widths
         assert cpu.kept == 4 * (6 * 8 + 6 * 8 + 4 * 4 + 5 * 16)
         assert cpu.kept - cpu.kept_selective == 4 * 8 and cpu.kept_full == 4 * 8
+        # In place of the keys: 5 / 2 of keys and values, recomputed if selective.
+        cut = layer_memory(FACTS, Layout(2, cp=2), "cpu", 4, trained=True)
+        assert cut.kept == cpu.kept + 4 * (5 * 4 - 4)
+        assert cut.kept_selective == cpu.kept_selective
+        local = [layer_memory(FACTS, Layout(4, cp=cp), "local", 2, trained=True) for cp in (1, 4)]
+        assert local[1].kept - local[0].kept == 2 * 2 * 8 * (9 / 2 - 1)
+        # Gradients of the repeated prefixes, of the prefixes, of the row: more than the MLP's.
+        gradients = 2 * (2 * 8 * 9 / 2 + 2 * 4 * 9 / 2 + 2 * 4 * 4)
+        assert local[1].backward == gradients + 2 * 2 * 8 > local[0].backward
         te = layer_memory(FACTS, one, "te", 2, trained=True)
+        assert layer_memory(FACTS, Layout(4, cp=4), "te", 2, trained=True) == te
         assert te.kept == 2 * (4 * 8 + (8 + 2 * 4) + 8 + (2 * 8 + 4) + 3 * 16)
         cut = layer_memory(FACTS, Layout(2, tp=2), "te", 2, trained=False, sequence_parallel=True)
         # hidden by sequence, queries, the repeated keys and the MLP by tp
