@@ -169,7 +169,7 @@ def _all_uses(root: str, names: list[str]) -> Any:
     from megatron.core import parallel_state
 
     from megatron_vopd.ops import native
-    from megatron_vopd.run import start
+    from megatron_vopd.run import environment
 
     loaded = native._loaded
     os.environ |= {
@@ -181,7 +181,7 @@ def _all_uses(root: str, names: list[str]) -> Any:
     found = {}
     for name in names:
         # The other uses are the same with and without vLLM, which none of them starts.
-        start.find_spec = lambda _, has=name != "no vLLM": object() if has else None
+        environment.find_spec = lambda _, has=name != "no vLLM": object() if has else None
         is_missing = name == "no extension"
         native._loaded = (lambda: (None, "it is not built")) if is_missing else loaded
         found[name] = _used(root, USES[name])
