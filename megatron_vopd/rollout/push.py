@@ -182,7 +182,7 @@ def _attempt(
 
 
 def _failure(error: Exception) -> str:
-    """Return what the other ranks are told of an error; its type where it is none of ours."""
+    """Return an error as the other ranks report it, with its type where it is none of ours."""
     if isinstance(error, (EngineError, UserError)):
         return str(error)
     return f"{type(error).__name__}: {error}"

@@ -57,7 +57,7 @@ Answer = list[tuple[Rollout, float]]
 
 
 class DroppedWeights(Protocol):
-    """What knows whether engines that drop their weights in their sleep hold some.
+    """A record of whether engines that drop their weights in their sleep hold some.
 
     Both methods are called by every rank of the world.
     """

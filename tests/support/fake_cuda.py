@@ -58,7 +58,7 @@ class FakeCuda:
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """Put the stand-ins in the place of torch's; two side streams in that of vLLM's."""
-        from vllm.distributed.weight_transfer import packed_tensor
+        from vllm.distributed.weight_transfer import packed_tensor  # pyright: ignore[reportMissingImports]
 
         sides = tuple(FakeStream(f"side {number}", self) for number in range(2))
         monkeypatch.setattr(packed_tensor, "_get_streams", lambda device, number: sides[:number])

@@ -77,7 +77,7 @@ class Communicator:
         return NcclSender(client, address, port, num_workers, self._seconds)
 
     def drop(self) -> None:
-        """Abort the communicator, if there is one; the next push makes another."""
+        """End the communicator, if there is one; the next push makes another."""
         sender, self._sender = self._sender, None
         if sender is not None:
             sender.close()

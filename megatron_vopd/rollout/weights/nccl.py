@@ -97,11 +97,12 @@ class NcclSender:
             packed_buffer_size_bytes=NCCL_CHUNK_BYTES,
             packed_num_buffers=NCCL_NUM_BUFFERS,
         )
+        to_servers: Any = client
         nothing: Any = StreamSource({}, (), torch.float32)
 
         def join() -> Any:
             trainer = NCCLTrainerWeightTransferEngine.trainer_init(
-                info, client=client, source=nothing
+                info, client=to_servers, source=nothing
             )
             if joining.is_given_up:
                 trainer.shutdown()
@@ -156,7 +157,7 @@ class NcclSender:
         return checked.sent()
 
     def close(self) -> None:
-        """Abort the communicator, which ends whatever waits in it. May be called twice."""
+        """End the communicator, and whatever waits in it. May be called twice."""
         self._client.on_failure = lambda error: None
         self._trainer.shutdown()
         self._client.abandon()

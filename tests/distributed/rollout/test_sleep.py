@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 from megatron_vopd.data.stream import PromptStream
+from megatron_vopd.errors import EngineError
 from megatron_vopd.megatron.groups import student_groups
 from megatron_vopd.rollout.engine import PushReport, Sampling
 from megatron_vopd.rollout.push import make_probe
@@ -22,7 +23,7 @@ from megatron_vopd.rollout.weights.send import Sent
 from megatron_vopd.run import engines
 from megatron_vopd.run.engines import Pusher
 from megatron_vopd.trainer.collector import RolloutCollector
-from megatron_vopd.types import Layout, Prompt
+from megatron_vopd.types import Layout, Prompt, Rollout
 from tests.support import ROOT
 from tests.support.harness import spawn
 from tests.support.settings import step_settings
@@ -70,6 +71,13 @@ class Gpu(LocalEngine):
             shown = arguments if command in ("sleep", "wake") else ()
             self.log.append(" ".join([command, *map(str, shown)]))
         return super()._call(command, *arguments, **options)
+
+    def generate(self, prompts: Any, sampling: Sampling, progress: Any = None) -> list[Rollout]:
+        try:
+            return super().generate(prompts, sampling, progress)
+        except EngineError:
+            self.log.append("failed")
+            raise
 
 
 def _events(folder: str, model_dir: str) -> dict[str, list[str]]:
@@ -153,5 +161,5 @@ def test_memory_is_given_back_first_and_dropped_weights_are_pushed_again(tmp_pat
         "step with held-out entropy": [*sampled, KEEP, WAKE, SAMPLE, DROP, *pushed],
         "evaluation after a skipped step": [*pushed, *sampled, KEEP],
         "step after an evaluation": [WAKE, SAMPLE, DROP, *pushed],
-        "step with a restart": [START, PUSH, SAMPLE, DROP, *pushed],
+        "step with a restart": ["failed", START, PUSH, SAMPLE, DROP, *pushed],
     }

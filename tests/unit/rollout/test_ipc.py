@@ -82,8 +82,8 @@ class Memory:
             yield pair
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        from vllm.device_allocator import alloc_conf
-        from vllm.distributed.weight_transfer import packed_tensor
+        from vllm.device_allocator import alloc_conf  # pyright: ignore[reportMissingImports]
+        from vllm.distributed.weight_transfer import packed_tensor  # pyright: ignore[reportMissingImports]
 
         stream = SimpleNamespace(synchronize=lambda: None)
         cuda = SimpleNamespace(current_stream=lambda: stream)
@@ -116,7 +116,7 @@ class Receiver:
         self.received = {}
 
     def update_weights(self, info: dict[str, Any]) -> None:
-        from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor
+        from vllm.distributed.weight_transfer.packed_tensor import unpack_tensor  # pyright: ignore[reportMissingImports]
 
         if self.num_chunks == self.fails_at:
             raise EngineError("engine, update: its process died")

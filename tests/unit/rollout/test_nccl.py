@@ -62,11 +62,13 @@ class Served(Stub):
         self.worker = self.network.join(body["init_info"])
 
     def receive(self, body: Any) -> None:
-        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_consumer
+        from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_consumer  # pyright: ignore[reportMissingImports]
 
         info = body["update_info"]
         if self.worker is None or self.mode == "refuses":
             raise RuntimeError("NCCL weight transfer not initialized")
+        if self.mode == "answers at once":
+            return
         self.chunks = []
         triples = zip(info["names"], info["shapes"], info["dtype_names"], strict=True)
         packed_nccl_broadcast_consumer(
@@ -95,7 +97,7 @@ class World:
     """Two servers, an engine over them, and the weights of a small model."""
 
     def __init__(self, folder: str, monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
-        from vllm.distributed.weight_transfer import nccl_engine
+        from vllm.distributed.weight_transfer import nccl_engine  # pyright: ignore[reportMissingImports]
 
         self.network, self.cuda = FakeNccl(), FakeCuda()
         self.cuda.install(monkeypatch)
@@ -210,7 +212,9 @@ def test_a_server_that_fails_in_a_push(mode: str, reason: str, make: Any) -> Non
     world.servers[1].mode, world.servers[1].stops_after = mode, 2
     _failed(world, reason, longest=5.0)
     assert world.num_aborted == world.num_wires == 1
-    world.servers[1].restart()
+    if mode == "dies":
+        world.servers[1].restart()
+    world.servers[1].mode, world.servers[1].stops_after = "sound", 10**9
     world.push(2)
     assert world.num_wires == 2
 
@@ -222,11 +226,20 @@ def test_a_server_that_refuses_to_join(make: Any) -> None:
 
 
 def test_a_worker_that_does_nothing_more(make: Any) -> None:
-    """The deadline ends the wait in NCCL."""
+    """The deadline ends the wait in NCCL, or that of its server's answer does."""
     world = make(seconds=1.0)
     world.push(1)
     world.servers[1].stops_after = 1
     _failed(world, r"no end after 1 s|timed out", longest=8.0)
+    assert world.num_aborted == 1
+
+
+def test_a_worker_that_does_not_receive(make: Any) -> None:
+    """No server fails: the deadline alone ends the wait."""
+    world = make(seconds=1.0)
+    world.push(1)
+    world.servers[1].mode = "answers at once"
+    _failed(world, r"no end after 1 s: a server is gone", longest=3.0)
     assert world.num_aborted == 1
 
 
@@ -253,7 +266,7 @@ def test_a_source_that_fails_leaves_no_communicator(make: Any) -> None:
 
 def test_weights_are_drawn_on_one_stream(monkeypatch: pytest.MonkeyPatch) -> None:
     """vLLM draws on two streams in turn: each waits for the one that made the tensor."""
-    from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer
+    from vllm.distributed.weight_transfer.packed_tensor import packed_nccl_broadcast_producer  # pyright: ignore[reportMissingImports]
 
     cuda = FakeCuda()
     cuda.install(monkeypatch)
