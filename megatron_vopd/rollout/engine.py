@@ -181,8 +181,13 @@ class Engine(Protocol):
         """Drop weights that turned out wrong: no more samples until the next `update_weights`."""
         ...
 
-    def sleep(self) -> None:
-        """Give device memory back until the next push or generation, where the engine can."""
+    def sleep(self, keeps_weights: bool) -> None:
+        """Give device memory back until the next push or generation, where the engine can.
+
+        Args:
+            keeps_weights: False: a push comes before the next generation, so that the weights may
+                be dropped; an engine that drops them has none until then.
+        """
         ...
 
     def wake(self) -> None:

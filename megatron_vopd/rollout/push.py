@@ -25,6 +25,7 @@ Collectives: the export's; per phase one gather of a short message from each ran
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import torch
@@ -171,22 +172,29 @@ def _attempt(
             if engine.policy_version != policy_version:
                 failure = f"the engine has version {engine.policy_version}"
                 engine.refuse_weights(failure)
-        except (EngineError, UserError) as error:
-            failure = str(error)
+        except Exception as error:  # of any type: the other ranks wait for this rank's outcome
+            failure = _failure(error)
     try:
         source.finish()
-    except EngineError as error:
-        failure = failure or str(error)
+    except Exception as error:
+        failure = failure or _failure(error)
     return gather_outcomes(report, failure)
+
+
+def _failure(error: Exception) -> str:
+    """Return an error as the other ranks report it, with its type where it is none of ours."""
+    if isinstance(error, (EngineError, UserError)):
+        return str(error)
+    return f"{type(error).__name__}: {error}"
 
 
 def _prove(
     engine: Engine | None, reports: list[PushReport], score_fn: ScoreFn, probe: Probe
 ) -> tuple[list[PushReport], list[str]]:
-    expected = score_fn(probe.sequences)
     gap, failure = 0.0, ""
-    if engine is not None:
-        try:
+    try:
+        expected = score_fn(probe.sequences)
+        if engine is not None:
             gap = max(
                 largest_gap(engine.probe_logprobs(probe.sequences, replica), expected)
                 for replica in range(engine.num_replicas)
@@ -198,10 +206,18 @@ def _prove(
                     f"(limit {limit:.3g}): it does not hold the student's weights"
                 )
                 engine.refuse_weights(failure)
-        except (EngineError, UserError) as error:
-            failure = str(error)
+    except Exception as error:  # of any type, as in `_attempt`
+        failure = _failure(error)
+        _refuse(engine, failure)
     gaps, failures = gather_outcomes(gap if engine is not None else None, failure)
     return [replace(report, probe_gap=max(gaps, default=0.0)) for report in reports], failures
+
+
+def _refuse(engine: Engine | None, failure: str) -> None:
+    """Drop weights that could not be proven; an engine that cannot be ended is known to be bad."""
+    if engine is not None:
+        with suppress(EngineError):
+            engine.refuse_weights(failure)
 
 
 def largest_gap(found: Sequence[Sequence[float]], expected: Sequence[Sequence[float]]) -> float:

@@ -142,7 +142,8 @@ def build(
         push: Pusher | None = None,
     ) -> RolloutCollector:
         known = (vocab_size, device, responses, grader, push, stop)
-        return RolloutCollector(student.groups, engine, prompts, settings, *known)
+        drops = push if push is not None and push.can_drop else None
+        return RolloutCollector(student.groups, engine, prompts, settings, *known, drops)
 
     responses = collector(
         settings,

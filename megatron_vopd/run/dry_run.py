@@ -91,7 +91,7 @@ class RandomEngine:
     def refuse_weights(self, reason: str) -> None:
         self.policy_version = None
 
-    def sleep(self) -> None:
+    def sleep(self, keeps_weights: bool) -> None:
         """Ignore the request: this engine holds no memory."""
 
     def wake(self) -> None:

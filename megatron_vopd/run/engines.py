@@ -37,11 +37,21 @@ class Pusher:
         engine: the engine of this rank; None: it leads none.
         probe: sequences on which engines and trainer are compared.
         longest: most tokens of a row when the trainer computes its log-probs.
+        can_drop: the engines can drop their weights in their sleep, the same on every rank.
     """
 
-    def __init__(self, student: Student, engine: Engine | None, probe: Probe, longest: int) -> None:
+    def __init__(
+        self,
+        student: Student,
+        engine: Engine | None,
+        probe: Probe,
+        longest: int,
+        can_drop: bool = False,
+    ) -> None:
         self._student, self._engine, self._probe, self._longest = student, engine, probe, longest
+        self.can_drop = can_drop
         self.report: PushReport | None = None
+        self._are_dropped = False
 
     def __call__(self, policy_version: int) -> PushReport:
         """Push the weights under this version. Every rank of the world calls it."""
@@ -56,12 +66,18 @@ class Pusher:
             self._probe,
             student.options.layer_spec,
         )
+        self._are_dropped = False
         return self.report
 
     def ensure(self, policy_version: int) -> None:
-        """Push unless this version was pushed last. Every rank of the world calls it."""
-        if self.report is None or self.report.policy_version != policy_version:
+        """Push unless the engines hold this version. Every rank of the world calls it."""
+        pushed = None if self.report is None else self.report.policy_version
+        if pushed != policy_version or self._are_dropped:
             self(policy_version)
+
+    def note_dropped(self) -> None:
+        """Note that the engines may have dropped their weights. Every rank of the world does."""
+        self._are_dropped = True
 
 
 def engines_of(config: Config, model_dir: str, run_dir: Path, device: str) -> EngineFactory:
@@ -89,7 +105,8 @@ def engines_of(config: Config, model_dir: str, run_dir: Path, device: str) -> En
             gpu = _own_gpu() if device == "cuda" else None
             known = (longest, device, seed, gpu)
             engine = make_engine(config.rollout, model_dir, logs, *place, *known)
-        return engine, Pusher(student, engine, probe, row)
+        can_drop = device == "cuda" and config.rollout.engine == "local"
+        return engine, Pusher(student, engine, probe, row, can_drop)
 
     return make
 

@@ -162,8 +162,9 @@ def _has_step(path: Path) -> bool:
         return False
 
 
-# Ranks without an engine wait in a collective while a leader's engine starts (LocalSettings.
-# start_seconds) or answers (rollout.deadline_seconds), and a while longer for a busy machine.
+# Ranks without an engine wait in a collective while a leader's engine starts (start_seconds of
+# ServerSettings, which is above that of LocalSettings) or answers (rollout.deadline_seconds), and a
+# while longer for a busy machine.
 START_SECONDS, MARGIN_SECONDS = 600.0, 300.0
 
 

@@ -56,6 +56,21 @@ Push = Callable[[int], Any]  # policy version -> report; a collective that resta
 Answer = list[tuple[Rollout, float]]
 
 
+class DroppedWeights(Protocol):
+    """A record of whether engines that drop their weights in their sleep hold some.
+
+    Both methods are called by every rank of the world.
+    """
+
+    def ensure(self, policy_version: int) -> None:
+        """Push these weights unless the engines hold them."""
+        ...
+
+    def note_dropped(self) -> None:
+        """Note that the engines may have dropped their weights."""
+        ...
+
+
 @dataclass(frozen=True)
 class Request:
     """Prompts and sampling of one call to the engines; only `progress` differs between ranks."""
@@ -82,6 +97,8 @@ class RolloutCollector:
             restarted.
         stop: a request to stop, which ends the wait for an engine; None: the wait is never cut
             short.
+        dropped: where engines drop their weights after a step's responses, since a push follows;
+            where none does (a skipped step), they are pushed again first. None: they keep them.
     """
 
     def __init__(
@@ -96,11 +113,12 @@ class RolloutCollector:
         grader: Grader | None = None,
         push: Push | None = None,
         stop: StopFlag | None = None,
+        dropped: DroppedWeights | None = None,
     ) -> None:
         self._groups, self._engine, self._settings = groups, engine, settings
         self._prompts, self._responses, self._grader = prompts, responses, grader
         self._vocab_size, self._device, self._push = vocab_size, device, push
-        self._stop = stop
+        self._stop, self._dropped = stop, dropped
         self._flight: _Flight | None = None
         self._ready: list[Graded] | None = None
 
@@ -121,7 +139,8 @@ class RolloutCollector:
         graded, self._ready = self._ready, None
         asks = self._settings.num_asked > 0
         if graded is None:
-            graded = self._collect(self._request(step, limit), policy_version) if asks else []
+            request = self._request(step, limit) if asks else None
+            graded = [] if request is None else self._collect(request, policy_version, False)
         if self._settings.max_staleness and asks:
             self._flight = _Flight(self._generate, self._request(step + 1, limit))
         if self._settings.num_given:
@@ -162,7 +181,7 @@ class RolloutCollector:
             EngineError, StopRequested: as `take`.
         """
         self.settle(policy_version)
-        graded = self._collect(Request(list(prompts), sampling), policy_version)
+        graded = self._collect(Request(list(prompts), sampling), policy_version, True)
         return [one.rollout for one in graded]
 
     def outcomes(
@@ -184,7 +203,7 @@ class RolloutCollector:
             EngineError, StopRequested: as `take`.
         """
         self.settle(policy_version)
-        own = self._ask(Request(list(prompts), sampling, progress), policy_version)
+        own = self._ask(Request(list(prompts), sampling, progress), policy_version, True)
         return share_outcomes(own, self._device)
 
     def state_dict(self, policy_version: int) -> dict[str, Any]:
@@ -225,24 +244,35 @@ class RolloutCollector:
         assert self._prompts is not None, "responses asked for without a stream of prompts"
         return Request(self._prompts.next(settings.num_asked), sampling)
 
-    def _collect(self, request: Request, policy_version: int) -> list[Graded]:
-        return self._share(request, self._ask(request, policy_version))
+    def _collect(self, request: Request, policy_version: int, keeps_weights: bool) -> list[Graded]:
+        return self._share(request, self._ask(request, policy_version, keeps_weights))
 
     def _share(self, request: Request, own: list[Graded]) -> list[Graded]:
         return share_rollouts(own, request.prompts, request.sampling.samples, self._device)
 
-    def _ask(self, request: Request, policy_version: int) -> list[Graded]:
-        """Return this rank's answers, sampled now; a request to stop ends the wait for them."""
+    def _ask(self, request: Request, policy_version: int, keeps_weights: bool) -> list[Graded]:
+        """Return this rank's answers, sampled now; a request to stop ends the wait for them.
+
+        Args:
+            keeps_weights: no push follows: the next request asks for the same weights.
+        """
+        keeps_weights = keeps_weights or self._dropped is None
+        if self._dropped is not None:
+            self._dropped.ensure(policy_version)
 
         def answer() -> Answer:
             with nullcontext() if self._stop is None else self._stop.abortable():
                 answers = self._generate(request)
             if self._engine is not None:
                 # Teacher and student have the device until the next push or generation.
-                self._engine.sleep()
+                self._engine.sleep(keeps_weights)
             return answers
 
-        return self._answers(request, answer, answer, policy_version)
+        try:
+            return self._answers(request, answer, answer, policy_version)
+        finally:
+            if self._dropped is not None and not keeps_weights:
+                self._dropped.note_dropped()
 
     def _generate(self, request: Request) -> Answer:
         """Sample and grade this leader's share of the answers; also called in a thread."""

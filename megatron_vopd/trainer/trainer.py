@@ -293,8 +293,6 @@ class Trainer:
         with phase("rollout"):
             self.collector.settle(self.policy_version)
         with phase("weight_sync"):
-            # An engine on the same GPU takes its share again, which torch would keep for later.
-            torch.cuda.empty_cache()
             self.collector.push(self.policy_version)
 
     def _save_for_replay(self, rollouts: Sequence[Rollout], update: Update) -> None:

@@ -15,6 +15,7 @@ class FakeChild:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
         self.mode, self.weights = "", "default"
+        self.updates: list[dict[str, Any]] = []
 
     def load(self, settings: dict[str, Any]) -> None:
         self.mode = settings["model"]
@@ -25,10 +26,14 @@ class FakeChild:
             print("OSError: no such model", file=sys.stderr, flush=True)
             os._exit(1)
 
-    def start(self) -> None:
+    def init(self, info: dict[str, Any]) -> None:
         pass
 
+    def start(self) -> None:
+        self.updates = []
+
     def update(self, info: dict[str, Any]) -> None:
+        self.updates.append(info)
         if self.mode == "refuses":
             raise ValueError("weight a has shape [2]")
         if self.mode == "dies in a push":
@@ -42,6 +47,15 @@ class FakeChild:
 
     def version(self) -> str:
         return self.weights
+
+    def received(self) -> list[dict[str, Any]]:
+        return self.updates
+
+    def sleep(self, level: int) -> None:
+        pass
+
+    def wake(self, tags: list[str]) -> None:
+        pass
 
     def environment(self) -> dict[str, str]:
         return dict(os.environ)

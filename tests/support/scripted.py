@@ -154,7 +154,7 @@ class ScriptedEngine:
         """Refuse to sample until the next push."""
         self.policy_version = None
 
-    def sleep(self) -> None:
+    def sleep(self, keeps_weights: bool) -> None:
         """Record the call only."""
         self.is_asleep = True
 

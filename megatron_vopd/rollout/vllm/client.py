@@ -1,4 +1,4 @@
-"""Requests to vLLM's HTTP servers: one at a time, or many spread over several servers.
+"""Requests to vLLM's HTTP servers: to one, to all of them, or many spread over several.
 
 Only the standard library: no HTTP client comes with every version of what this package depends on.
 A connection per request: a response takes seconds, a local connection a millisecond.
@@ -13,6 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
@@ -98,6 +99,73 @@ class Server:
         for connection in list(self._open):
             with suppress(OSError, AttributeError):
                 connection.sock.shutdown(socket.SHUT_RDWR)
+
+
+class AllServersClient:
+    """A `WeightClient` whose calls go to several servers at once.
+
+    Attributes:
+        on_failure: called with the error of a server, from any thread, while others still answer.
+
+    Args:
+        seconds: for one answer.
+    """
+
+    def __init__(self, servers: Sequence[Server], seconds: float) -> None:
+        self._servers = servers
+        self._seconds = seconds
+        self.on_failure: Callable[[EngineError], None] = lambda error: None
+
+    def post(self, path: str, body: Any = None) -> None:
+        """POST to every server, wait for all answers, then raise the first failure."""
+        self._post_each(path, [body] * len(self._servers))
+
+    def _post_each(self, path: str, bodies: Sequence[Any]) -> None:
+        with ThreadPoolExecutor(max_workers=max(1, len(self._servers))) as pool:
+            pairs = zip(self._servers, bodies, strict=True)
+            waiting = [pool.submit(self._post_one, server, path, body) for server, body in pairs]
+            for done in waiting:
+                done.result()
+
+    def _post_one(self, server: Server, path: str, body: Any) -> None:
+        try:
+            server.call("POST", path, body, self._seconds)
+        except EngineError as error:
+            self.on_failure(error)
+            raise
+
+    def abandon(self) -> None:
+        """Make every request under way fail."""
+        for server in self._servers:
+            server.abandon()
+
+    def world_sizes(self) -> list[int]:
+        """Ask each server for the number of its workers."""
+        answers = [s.call("GET", "/get_world_size", seconds=self._seconds) for s in self._servers]
+        return [answer["world_size"] for answer in answers]
+
+    def weight_versions(self) -> set[str]:
+        """Ask each server for the version of its weights."""
+        answers = [s.call("GET", "/weight_info", seconds=self._seconds) for s in self._servers]
+        return {answer["weight_version"] for answer in answers}
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        """Join the workers of all servers to one communicator, ranks server after server."""
+        sizes = self.world_sizes()
+        infos = [
+            init_info | {"rank_offset": init_info["rank_offset"] + sum(sizes[:number])}
+            for number in range(len(sizes))
+        ]
+        self._post_each("/init_weight_transfer_engine", [{"init_info": info} for info in infos])
+
+    def start_weight_update(self) -> None:
+        self.post("/start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.post("/update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.post("/finish_weight_update", {"weight_version": weight_version})
 
 
 class Dispatcher:

@@ -6,7 +6,7 @@ variables, and a pipe. Every answer has a deadline, and a death is seen at once;
 whole session of the engine is ended, and the next `update_weights` starts another.
 
 On the CPU weights travel through shared memory (`weights.send`), on a GPU by CUDA IPC
-(`weights.send_gpu`).
+(`weights.ipc`), and the engine sleeps while the trainer needs the GPU (`sleep`).
 The engine starts with random weights and samples only from what was pushed. Its own log goes to a
 file in the run folder.
 """
@@ -29,6 +29,8 @@ import torch
 from torch import Tensor
 
 from megatron_vopd.errors import EngineError, UserError
+from megatron_vopd.hf.folder import read_facts
+from megatron_vopd.hf.push_buffers import ipc_buffer_bytes
 from megatron_vopd.rollout.engine import (
     GenerationReport,
     Progress,
@@ -38,6 +40,13 @@ from megatron_vopd.rollout.engine import (
     response_seed,
 )
 from megatron_vopd.rollout.vllm.settings import LocalSettings
+from megatron_vopd.rollout.vllm.sleep import (
+    CACHE,
+    WEIGHTS,
+    Sleeper,
+    give_back_gpu_memory,
+    nothing_to_give_back,
+)
 from megatron_vopd.rollout.vllm.supervisor import mapped_shared_memory, reap_session, session_pids
 from megatron_vopd.rollout.weights.send import send_weights
 from megatron_vopd.types import Prompt, Rollout
@@ -67,19 +76,28 @@ class _PipeClient:
 
 
 class LocalEngine:
-    """An `Engine` of processes of its own, which the first push starts."""
+    """An `Engine` of processes of its own, which the first push starts.
+
+    Args:
+        make_room: gives the trainer's spare memory back, before the engine takes some; None: what
+            torch keeps of the GPU, for an engine on a GPU.
+    """
 
     num_replicas = 1
     child_module = "megatron_vopd.rollout.vllm.child"
 
-    def __init__(self, settings: LocalSettings) -> None:
+    def __init__(
+        self, settings: LocalSettings, make_room: Callable[[], None] | None = None
+    ) -> None:
         self.settings = settings
         self.policy_version: int | None = None
         self.generation: GenerationReport | None = None
         self.num_starts = 0
         self._process: subprocess.Popen | None = None
         self._connection: Any = None  # multiprocessing's Connection
-        self._asleep: list[str] = []  # what vLLM has put to sleep
+        by_device = nothing_to_give_back if settings.device == "cpu" else give_back_gpu_memory
+        self._sleeper = Sleeper(self._call, make_room or by_device)
+        self._ipc: Any = None  # rollout.weights.ipc.IpcSender, which keeps its buffer
         self._log_start = 0
         self._shared_memory: set[str] = set()
 
@@ -94,6 +112,7 @@ class LocalEngine:
         if self._process is not None:
             return
         settings = self.settings
+        self._sleeper.reset()
         ours, theirs = Pipe()
         child = [sys.executable, "-m", self.child_module, f"fd={theirs.fileno()}"]
         supervisor = [sys.executable, "-m", SUPERVISOR_MODULE, str(os.getpid())]
@@ -110,7 +129,6 @@ class LocalEngine:
             )
         theirs.close()
         self._connection = ours
-        self._asleep = []
         self._shared_memory = set()
         self.num_starts += 1
         self._log_start = os.path.getsize(settings.log_path)
@@ -277,7 +295,7 @@ class LocalEngine:
         """
         self.start()
         self.policy_version = None
-        self._wake("weights")
+        self._sleeper.wake(WEIGHTS)
         begin = time.monotonic()
         try:
             sent = self._send(tensors, str(policy_version))
@@ -295,9 +313,12 @@ class LocalEngine:
         dtype = getattr(torch, self.settings.dtype)
         if self.settings.device == "cpu":
             return send_weights(tensors, _PipeClient(self._call), dtype, weight_version)
-        from megatron_vopd.rollout.weights.send_gpu import send_by_ipc
+        if self._ipc is None:
+            from megatron_vopd.rollout.weights.ipc import IpcSender
 
-        return send_by_ipc(tensors, _PipeClient(self._call), dtype, weight_version)
+            facts, _ = read_facts(f"{self.settings.model_dir}/config.json")
+            self._ipc = IpcSender(ipc_buffer_bytes(facts, self.settings.dtype))
+        return self._ipc.send(tensors, _PipeClient(self._call), dtype, weight_version)
 
     def _reset_cache(self) -> None:
         if not self._call("reset_cache"):
@@ -315,21 +336,16 @@ class LocalEngine:
         """End the child; the next push starts another."""
         self._end()
 
-    def sleep(self) -> None:
-        """Move weights to host memory and drop the cache; an engine on the CPU stays awake."""
-        if self.settings.device != "cpu" and self._process is not None and not self._asleep:
-            self._call("sleep", 1)
-            self._asleep = ["weights", "kv_cache"]
+    def sleep(self, keeps_weights: bool) -> None:
+        """Drop the cache, and move or drop the weights; an engine on the CPU stays awake."""
+        if self.settings.device != "cpu" and self._process is not None:
+            self._sleeper.sleep(keeps_weights)
+            if self._sleeper.dropped:
+                self.policy_version = None
 
     def wake(self) -> None:
         """Undo `sleep`; a push has woken the weights already."""
-        self._wake("weights", "kv_cache")
-
-    def _wake(self, *tags: str) -> None:
-        wanted = [tag for tag in tags if tag in self._asleep]
-        if wanted:
-            self._call("wake", wanted)
-            self._asleep = [tag for tag in self._asleep if tag not in wanted]
+        self._sleeper.wake(WEIGHTS, CACHE)
 
     def close(self) -> None:
         """Ask the child to end, then end it."""

@@ -9,7 +9,7 @@ Whoever reaches such a port can replace the model, and `--api-key` does not guar
 other hosts than this one are refused unless the caller says that the network is closed.
 
 On the CPU weights pass through shared memory, hence servers on the trainer's machine; on GPUs by
-NCCL (`weights.send_gpu`, unverified).
+NCCL (`communicator`, not yet run on a GPU).
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -34,12 +33,19 @@ from megatron_vopd.rollout.engine import (
     generation_report,
     response_seed,
 )
-from megatron_vopd.rollout.vllm.client import Dispatcher, RefusedByServerError, Server
+from megatron_vopd.rollout.vllm.client import (
+    AllServersClient,
+    Dispatcher,
+    RefusedByServerError,
+    Server,
+)
+from megatron_vopd.rollout.vllm.communicator import Communicator
 from megatron_vopd.rollout.vllm.server_check import require_context
-from megatron_vopd.rollout.weights.send import Sent, expected_weights, send_weights
+from megatron_vopd.rollout.weights.send import Sent, send_weights
 from megatron_vopd.types import Prompt, Rollout
 
 GENERATE = "/inference/v1/generate"
+ABORT_SECONDS = 10.0
 CLAMPED_LOGPROB = -9999.0  # what vLLM's JSON has in place of NaN and -inf
 
 
@@ -77,51 +83,6 @@ class ServerSettings:
     max_model_len: int = 1
 
 
-class AllServersClient:
-    """A `WeightClient` whose calls go to several servers at once."""
-
-    def __init__(self, servers: Sequence[Server], seconds: float) -> None:
-        self._servers = servers
-        self._seconds = seconds
-
-    def post(self, path: str, body: Any = None) -> None:
-        """POST to every server, wait for all answers, then raise the first failure."""
-        self._post_each(path, [body] * len(self._servers))
-
-    def _post_each(self, path: str, bodies: Sequence[Any]) -> None:
-        with ThreadPoolExecutor(max_workers=max(1, len(self._servers))) as pool:
-            pairs = zip(self._servers, bodies, strict=True)
-            waiting = [
-                pool.submit(server.call, "POST", path, body, self._seconds)
-                for server, body in pairs
-            ]
-            for done in waiting:
-                done.result()
-
-    def world_sizes(self) -> list[int]:
-        """Ask each server for the number of its workers."""
-        answers = [s.call("GET", "/get_world_size", seconds=self._seconds) for s in self._servers]
-        return [answer["world_size"] for answer in answers]
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Join the workers of all servers to one communicator, ranks server after server."""
-        sizes = self.world_sizes()
-        infos = [
-            init_info | {"rank_offset": init_info["rank_offset"] + sum(sizes[:number])}
-            for number in range(len(sizes))
-        ]
-        self._post_each("/init_weight_transfer_engine", [{"init_info": info} for info in infos])
-
-    def start_weight_update(self) -> None:
-        self.post("/start_weight_update")
-
-    def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.post("/update_weights", {"update_info": update_info})
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        self.post("/finish_weight_update", {"weight_version": weight_version})
-
-
 class ServerEngine:
     """An `Engine` that consists of servers, which somebody else starts and stops."""
 
@@ -143,7 +104,10 @@ class ServerEngine:
         self._servers = [by_url[url] for url in settings.urls]
         self._push_servers = [by_url[url] for url in push_urls]
         self._is_checked = False
-        self._nccl: Any = None
+        self._nccl: Communicator | None = None
+        if settings.transport == "nccl":
+            known = (settings.push_seconds, settings.model_dir, settings.dtype)
+            self._nccl = Communicator(self._push_servers, *known)
 
     @property
     def num_replicas(self) -> int:
@@ -277,19 +241,9 @@ class ServerEngine:
     def _send(
         self, tensors: Iterable[tuple[str, Tensor]], client: AllServersClient, version: str
     ) -> Sent:
-        dtype = getattr(torch, self.settings.dtype)
-        if self.settings.transport == "shm":
-            return send_weights(tensors, client, dtype, version)
-        from megatron_vopd.hf.folder import read_facts
-        from megatron_vopd.rollout.weights.send_gpu import NcclSender
-
-        if self._nccl is None:
-            address, port = self._push_servers[0].own_address()
-            self._nccl = NcclSender(client, address, port, sum(client.world_sizes()))
-        facts, _ = read_facts(f"{self.settings.model_dir}/config.json")
-        sent = self._nccl.send(tensors, expected_weights(facts), dtype)
-        client.post("/update_weight_version", {"new_version": version})
-        return sent
+        if self._nccl is not None:
+            return self._nccl.send(tensors, version)
+        return send_weights(tensors, client, getattr(torch, self.settings.dtype), version)
 
     def _follow(self, tensors: Iterable[tuple[str, Tensor]], policy_version: int) -> None:
         """Wait until these servers have the weights that another leader pushes to them."""
@@ -309,6 +263,11 @@ class ServerEngine:
 
     def _abort(self, client: AllServersClient) -> None:
         """End an unfinished update, by a part that fails: vLLM knows no other way."""
+        if self._nccl is not None:
+            # A worker may wait in NCCL for ever: its server answers nothing any more.
+            client = AllServersClient(
+                self._push_servers, min(ABORT_SECONDS, self.settings.push_seconds)
+            )
         with suppress(EngineError):
             client.update_weights({})
 
@@ -339,7 +298,7 @@ class ServerEngine:
         """Sample no more until the next push."""
         self.policy_version = None
 
-    def sleep(self) -> None:
+    def sleep(self, keeps_weights: bool) -> None:
         """Leave all as it is: servers have devices of their own."""
 
     def wake(self) -> None:
@@ -348,8 +307,7 @@ class ServerEngine:
     def close(self) -> None:
         """Leave the communicator, if there is one; the servers keep running."""
         if self._nccl is not None:
-            self._nccl.close()
-            self._nccl = None
+            self._nccl.drop()
 
 
 def _body(ids: Sequence[int], options: dict[str, Any]) -> dict[str, Any]:

@@ -92,6 +92,13 @@ def _second_fails() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _raising(method: str, error: Exception) -> Iterator[None]:
+    """Make a method of the engine raise."""
+    with mock.patch.object(ScriptedEngine, method, side_effect=error):
+        yield
+
+
 def _pushes(case: Case, folder: str) -> dict[str, Any]:
     """On a rank: push one time after another, with every kind of failure."""
     groups = enter(case)
@@ -141,6 +148,15 @@ def _pushes(case: Case, folder: str) -> dict[str, Any]:
     answers = ScriptedEngine(VOCAB).probe_logprobs(PROBE.sequences)
     found["proven"] = one(engine, 5, score_fn=lambda _: answers, probe=PROBE)
 
+    # An error of no kind of ours, in the last leader's push and in its probe.
+    odd = ScriptedEngine(VOCAB) if leader else None
+    wrong = ValueError("exceeds buffer_size_bytes")
+    with _raising("update_weights", wrong) if is_last_leader else nullcontext():
+        found["odd push"] = one(odd, 5)
+    with _raising("probe_logprobs", KeyError("choices")) if is_last_leader else nullcontext():
+        found["odd probe"] = one(odd, 5, score_fn=lambda _: answers, probe=PROBE)
+    found["odd version"] = odd.policy_version if odd else None
+
     # NaN in one shard of one rank: nobody sends anything.
     if dist.get_rank() == dist.get_world_size() - 1:
         with torch.no_grad():
@@ -164,20 +180,22 @@ def test_pushes(case: Case, model: TinyModel, tmp_path: Path) -> None:
         assert report.num_tensors == len(expected) and report.num_bytes >= num_bytes
         assert found["shared"] == report
         assert found["flaky"].attempts == 2 and found["flaky"].policy_version == 2
-        for name in ("unwritable", "broken", "unproven", "nan"):
+        for name in ("unwritable", "broken", "unproven", "odd push", "odd probe", "nan"):
             assert found[name] == results[0][name], "every rank must raise the same"
         assert "rank 3: weights: 1 ranks could not write" in found["unwritable"]
         assert "no memory left" in found["unwritable"]
         assert found["unwritable version"] is None
         assert "failed 2 times" in found["broken"] and "as asked for" in found["broken"]
         assert "it does not hold the student's weights" in found["unproven"]
+        assert "ValueError: exceeds buffer_size_bytes" in found["odd push"]
+        assert "KeyError: 'choices'" in found["odd probe"]
         assert found["proven"].probe_gap == 0.0
         assert largest_gap(found["scores"], scores) <= 1e-5
         assert "rank 3" in found["nan"] and "not finite" in found["nan"]
     for found in leaders:
         assert found["weights"] == found["flaky weights"] == found["shared weights"] == expected
         assert found["unproven version"] is None and found["nan version"] == 5
-    assert leaders[-1]["broken version"] is None
+    assert leaders[-1]["broken version"] is leaders[-1]["odd version"] is None
 
 
 def test_a_probe_needs_something_to_score() -> None:

@@ -25,6 +25,7 @@ from megatron_vopd.config import Config
 from megatron_vopd.files.metrics_file import read_metrics
 from megatron_vopd.megatron.groups import init_world
 from megatron_vopd.rollout.engine import PushReport, Sampling, step_seed
+from megatron_vopd.rollout.push import make_probe
 from megatron_vopd.run.begin import resume_evaluation
 from megatron_vopd.run.engines import Pusher
 from megatron_vopd.run.folder import saved_steps
@@ -76,8 +77,9 @@ class Pushes(Pusher):
     """A pusher of versions without weights, which remembers them."""
 
     def __init__(self, engine: ScriptedEngine) -> None:
+        nothing: Any = None
+        super().__init__(nothing, engine, make_probe(VOCAB), longest=VOCAB)
         self.engine, self.versions = engine, []
-        self.report = None
 
     def __call__(self, policy_version: int) -> PushReport:
         self.versions.append(policy_version)

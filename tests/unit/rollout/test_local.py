@@ -60,7 +60,7 @@ def test_pushes_and_samples(make: Any) -> None:
     check_rollouts(rollouts, PROMPTS, SAMPLING, 3, 0, vocab_size=99)
     assert seen[0] == (0, 8) and seen[-1] == (8, 8)
     assert engine.generation.num_tokens == 40 and engine.num_starts == 1
-    engine.sleep()
+    engine.sleep(keeps_weights=False)
     engine.wake()
     assert engine.probe_logprobs([(1, 2, 3)]) == [[-1.0, -1.0]]
 

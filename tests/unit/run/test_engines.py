@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from megatron_vopd.config import build_config
 from megatron_vopd.rollout.vllm.local import LocalEngine
-from megatron_vopd.rollout.vllm.server import ServerEngine
-from megatron_vopd.run.engines import make_engine
+from megatron_vopd.rollout.vllm.server import ServerEngine, ServerSettings
+from megatron_vopd.rollout.vllm.settings import LocalSettings
+from megatron_vopd.run.engines import engines_of, make_engine
+from megatron_vopd.run.start import START_SECONDS
 from tests.support.config_cases import problems_of, with_values
 
 URLS = ["http://127.0.0.1:8000", "http://127.0.0.1:8001"]
@@ -48,3 +52,21 @@ def test_servers_on_other_hosts_need_a_word() -> None:
     (problem,) = problems_of(remote)
     assert problem.startswith("rollout.urls: ") and "rollout.allow_remote=true" in problem
     assert _make(remote | {"rollout.allow_remote": True}, 0).settings.allow_remote
+
+
+def test_only_local_engines_on_gpus_drop_weights_in_their_sleep() -> None:
+    follower: Any = SimpleNamespace(groups=SimpleNamespace(is_leader=False))
+    server = {"rollout.engine": "server", "rollout.urls": URLS}
+    for settings, device, expected in (
+        ({}, "cuda", True),
+        ({}, "cpu", False),
+        (server, "cuda", False),
+    ):
+        config = build_config(with_values(settings))
+        engine, pusher = engines_of(config, "model", Path("run"), device)(follower, 50)
+        assert engine is None and pusher is not None and pusher.can_drop is expected
+
+
+def test_other_ranks_wait_as_long_as_engines_may_take_to_start() -> None:
+    for settings in (ServerSettings(("http://127.0.0.1:1",)), LocalSettings("model", "log", 16)):
+        assert settings.start_seconds <= START_SECONDS
