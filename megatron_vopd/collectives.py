@@ -17,7 +17,7 @@ from __future__ import annotations
 import datetime
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -220,12 +220,18 @@ def broadcast_from_position(
     return tensor
 
 
-def join_slices(whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Join the ranks' slices of `whole`, fp32: each rank has its slice, and zeros elsewhere.
+def anywhere_in_group(
+    flags: Sequence[bool], group: dist.ProcessGroup, device: torch.device | str
+) -> list[bool]:
+    """Return, for each of the flags, whether any rank of `group` has it set.
 
-    They are added as integers, so that the bits of every value survive, -0.0 included, and written
-    over `whole`. One all-reduce of the whole tensor over `group`.
+    One all-reduce of a byte for each flag over `group`.
+
+    Args:
+        flags: as many on every rank of the group.
+        device: where the flags are compared.
     """
-    if group.size() > 1:
-        dist.all_reduce(whole.view(torch.int32), group=group)
-    return whole
+    values = torch.tensor(flags, dtype=torch.uint8, device=device)
+    if group.size() > 1 and flags:
+        dist.all_reduce(values, dist.ReduceOp.MAX, group)
+    return [bool(value) for value in values.tolist()]

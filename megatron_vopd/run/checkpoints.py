@@ -38,6 +38,7 @@ from megatron_vopd.checkpoint.sharded import (
     read_state,
     shards,
 )
+from megatron_vopd.checkpoint.shares import Span, saved_spans, slice_shards
 from megatron_vopd.checkpoint.staging import begin_staging, publish_staging
 from megatron_vopd.collectives import all_ranks, from_all_ranks, rank_0
 from megatron_vopd.files.atomic_file import FileError
@@ -97,8 +98,10 @@ class RunCheckpoints:
         if not is_there:
             with ExitStack() as stack:
                 staging = begin_staging(stack, out_dir, self.source_dir, self._num_bytes())
-                written = self._write(ShardFile(staging, dist.get_rank()))
-                chunks = [chunk for part in from_all_ranks(written) for chunk in part]
+                weights = entries(self.student.bare.sharded_state_dict())
+                spans = saved_spans(self.student, weights)
+                written = from_all_ranks(self._write, staging, spans)
+                chunks = [chunk for part in written for chunk in part]
                 rank_0(self._finish, staging, chunks, state)
                 info = {"kind": KIND, "step": step, "topology": state["layout"]}
                 publish_staging(staging, out_dir, info)
@@ -144,39 +147,21 @@ class RunCheckpoints:
         ]
         return sum(from_all_ranks(sum, sizes))
 
-    def _write(self, file: ShardFile) -> Callable[[], list[Written]]:
-        """Write this rank's shards; after a failure, take part in the collectives to the end.
+    def _write(self, staging: Staging, spans: Mapping[str, Span]) -> list[Written]:
+        """Write this rank's shares into its file; return its chunks."""
+        with ShardFile(staging, dist.get_rank()) as file:
+            for shard in self._values(spans):
+                shard.data = shard.data.detach().cpu()
+                file.add(shard)
+        return file.written
 
-        Returns:
-            A function that returns the chunks written, or raises what went wrong.
-        """
-        error: Exception | None = None
-        try:
-            with file:
-                for shard in self._values():
-                    try:
-                        if error is None:
-                            shard.data = shard.data.detach().cpu()
-                            file.add(shard)
-                    except Exception as caught:  # `_values` has collectives: finish them
-                        error = caught
-                if error is not None:
-                    raise error
-        except Exception as caught:  # raised by `chunks`, then on every rank
-            error = caught
-
-        def chunks() -> list[Written]:
-            if error is not None:
-                raise error
-            return file.written
-
-        return chunks
-
-    def _values(self) -> Iterator[Any]:
-        for entry in entries(self.student.bare.sharded_state_dict()).values():
-            if is_saved_here(entry):
-                yield from shards(entry)
-        yield from optimizer_values(self.student)
+    def _values(self, spans: Mapping[str, Span]) -> Iterator[Any]:
+        for name, entry in entries(self.student.bare.sharded_state_dict()).items():
+            assert entry.data is not None
+            if name in spans:
+                start, stop = spans[name]
+                yield from slice_shards(entry, spans[name], entry.data.view(-1)[start:stop])
+        yield from optimizer_values(self.student, spans)
         yield rank_row(_RANDOM, random_bytes())
 
     def load(self, folder: Path) -> dict[str, Any]:
