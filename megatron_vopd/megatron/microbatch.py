@@ -1,10 +1,11 @@
 # ruff: noqa: N815  (field names carry shapes, like every name here)
-"""One packed row of sequences, and how context parallelism cuts it."""
+"""One packed row of sequences, planned and built, and how context parallelism cuts it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -44,6 +45,33 @@ class Microbatch:
 
 
 @dataclass(frozen=True)
+class Row:
+    """One row of a step's plan. Every rank knows it; its tensors are made on ranks that need them.
+
+    Attributes:
+        lengths, teacher, rollouts: of the microbatch.
+        num_tokens: response tokens.
+        build: makes the microbatch.
+    """
+
+    lengths: tuple[int, ...]
+    num_tokens: int
+    teacher: str
+    rollouts: tuple[int, ...]
+    build: Callable[[], Microbatch]
+
+    @property
+    def size(self) -> int:
+        """Tokens of the row, filling included."""
+        return sum(self.lengths)
+
+    @cached_property
+    def microbatch(self) -> Microbatch:
+        """The row's tensors, whole (not cut over cp), on the CPU; made once."""
+        return self.build()
+
+
+@dataclass(frozen=True)
 class PackingSettings:
     """The sizes by which rows are made.
 
@@ -74,7 +102,7 @@ def deal(loads: Sequence[int], num_hands: int) -> list[list[int]]:
     return hands
 
 
-def empty_row(like: Microbatch) -> Microbatch:
+def empty_row(like: Row) -> Microbatch:
     """Return a row without responses for the teacher of `like`, for replicas without data."""
     none = torch.zeros(0, dtype=torch.int64)
     segment = like.lengths[-1:]  # a length that is a multiple of whatever lengths must be
