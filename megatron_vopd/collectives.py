@@ -72,6 +72,35 @@ def rank_0(action: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     return _exchange(*outcome)[0]
 
 
+def rank_0_helped(
+    action: Callable[[Callable[[Any], list[Any]]], T], answer: Callable[[Any], Any]
+) -> T:
+    """Run `action(ask)` on rank 0 as `rank_0` does; `ask(question)` has every rank answer.
+
+    Every rank of the world calls it. Questions, answers and the result travel pickled, in two
+    all-gathers for each question and two for the end.
+
+    Args:
+        action: calls `ask` as often as it likes; it returns the answers in rank order.
+        answer: question -> answer, on every rank; raises nothing.
+
+    Raises:
+        UserError: on every rank when `action` raised one, or an OSError.
+    """
+
+    def ask(question: Any) -> list[Any]:
+        _all_gather_objects((question,))
+        return _all_gather_objects(answer(question))
+
+    if dist.get_rank() == 0:
+        outcome = _attempt(action, (ask,), {})
+        _all_gather_objects(None)
+        return _exchange(*outcome)[0]
+    while (asked := _all_gather_objects(None)[0]) is not None:
+        _all_gather_objects(answer(asked[0]))
+    return _exchange(None, None)[0]
+
+
 def some_ranks(action: Callable[..., T] | None, *args: Any) -> T | None:
     """Run `action(*args)` on the ranks that have one, however long it takes; return its result.
 

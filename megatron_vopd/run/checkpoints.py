@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ from megatron_vopd.hf.writer import text_files
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.run.folder import (
     KIND,
+    CheckHashes,
     checkpoints_dir,
     make_room,
     remove_old,
@@ -55,6 +57,7 @@ from megatron_vopd.run.folder import (
     write_latest,
 )
 from megatron_vopd.run.identity import require_same
+from megatron_vopd.run.verify import with_all_ranks
 from megatron_vopd.trainer.trainer import Trainer
 
 _RANDOM = "random_states"
@@ -92,7 +95,7 @@ class RunCheckpoints:
         step = self.trainer.step
         out_dir = step_dir(self.run_dir, step)
         state = self._state(extra or {})
-        is_there, remarks = rank_0(self._prepare, step)
+        is_there, remarks = with_all_ranks(partial(self._prepare, step))
         for remark in remarks:
             self.say(remark)
         if not is_there:
@@ -115,10 +118,10 @@ class RunCheckpoints:
             staging.write(f"{HF_DIR}/{name}", content)
         complete(staging, chunks, state)
 
-    def _prepare(self, step: int) -> tuple[bool, list[str]]:
+    def _prepare(self, step: int, check: CheckHashes) -> tuple[bool, list[str]]:
         """Make the folder of checkpoints; return what `make_room` finds at the place of `step`."""
         checkpoints_dir(self.run_dir).mkdir(parents=True, exist_ok=True)
-        return make_room(self.run_dir, step)
+        return make_room(self.run_dir, step, check)
 
     def _remove_old(self, newest: int, also: Collection[int]) -> None:
         remove_old(self.run_dir, newest, self.keep, also)
