@@ -10,6 +10,8 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from megatron_vopd.types import TensorNumbers
+
 # Fills rows up; any id of the vocabulary would do, since no response token sees it.
 FILLING_ID = 0
 
@@ -91,6 +93,13 @@ class PackingSettings:
     def segment(self) -> int:
         """Tokens to whose multiple each sequence is filled up."""
         return 2 * self.cp if self.cp > 1 else 1
+
+
+def as_tensor(numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Return ids or log-probs of a response as a tensor on the CPU; not to be written to."""
+    if isinstance(numbers, TensorNumbers):
+        return numbers.values.to(dtype)
+    return torch.tensor(numbers, dtype=dtype)
 
 
 def deal(loads: Sequence[int], num_hands: int) -> list[list[int]]:

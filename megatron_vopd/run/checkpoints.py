@@ -43,13 +43,12 @@ from megatron_vopd.checkpoint.shares import Span, saved_spans, slice_shards
 from megatron_vopd.checkpoint.staging import begin_staging, publish_staging
 from megatron_vopd.collectives import all_ranks, from_all_ranks, rank_0
 from megatron_vopd.files.atomic_file import FileError
-from megatron_vopd.files.atomic_folder import Staging, read_manifest
+from megatron_vopd.files.atomic_folder import CheckHashes, Staging, read_manifest
 from megatron_vopd.hf.tensors import dtype_name
 from megatron_vopd.hf.writer import text_files
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.run.folder import (
     KIND,
-    CheckHashes,
     checkpoints_dir,
     make_room,
     remove_old,

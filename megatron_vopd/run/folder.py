@@ -16,7 +16,7 @@ import re
 import secrets
 import shutil
 import socket
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,9 +30,9 @@ from megatron_vopd.files.atomic_file import (
 )
 from megatron_vopd.files.atomic_folder import (
     MANIFEST_NAME,
-    FileRecord,
+    CheckHashes,
     remove_leftovers,
-    verify_hashes,
+    verify_manifest,
     verify_sizes,
 )
 from megatron_vopd.files.metrics_file import METRICS_NAME
@@ -42,8 +42,6 @@ LATEST_NAME, STATUS_NAME, BEST_NAME = "latest", "status.json", "best.json"
 LOCK_NAME = "lock"
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]{0,15})")
 _MAX_LATEST_BYTES, MAX_STATUS_BYTES = 64, 65536
-# Raises FileError for a file of the folder that has not the hash of its record.
-CheckHashes = Callable[[Path, Sequence[FileRecord]], None]
 
 
 class RunBusyError(UserError):
@@ -115,11 +113,11 @@ def saved_steps(run_dir: Path) -> list[int]:
     )
 
 
-def verify_checkpoint(folder: Path, check: CheckHashes = verify_hashes) -> int:
+def verify_checkpoint(folder: Path, check: CheckHashes | None = None) -> int:
     """Verify that every byte of a run's checkpoint is what was written; return its step.
 
     Args:
-        check: checks the hashes, here or on all ranks (`run.verify`).
+        check: checks the hashes, on all ranks (`run.verify`); None: on this one.
 
     Raises:
         FileError: naming the first file that differs, or why it is no such checkpoint.
@@ -127,9 +125,7 @@ def verify_checkpoint(folder: Path, check: CheckHashes = verify_hashes) -> int:
     if folder.is_symlink() or not folder.is_dir():
         raise FileError(f"{folder}: not a folder; give a step_N folder of a run's checkpoints")
     try:
-        manifest = verify_sizes(folder)
-        if manifest is not None:
-            check(folder, manifest["files"])
+        manifest = verify_manifest(folder, check)
     except OSError as error:
         raise FileError(f"{error.filename or folder}: {error.strerror}") from error
     if manifest is None:
@@ -143,9 +139,7 @@ def verify_checkpoint(folder: Path, check: CheckHashes = verify_hashes) -> int:
     return step
 
 
-def newest_valid(
-    run_dir: Path, check: CheckHashes = verify_hashes
-) -> tuple[Path | None, list[str]]:
+def newest_valid(run_dir: Path, check: CheckHashes | None = None) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint that verifies, and a line about each newer one that does not."""
     refused: list[str] = []
     for step in saved_steps(run_dir):
@@ -186,9 +180,7 @@ def write_latest(run_dir: Path, step: int) -> None:
     replace(path, f"step_{step}\n")
 
 
-def make_room(
-    run_dir: Path, step: int, check: CheckHashes = verify_hashes
-) -> tuple[bool, list[str]]:
+def make_room(run_dir: Path, step: int, check: CheckHashes | None = None) -> tuple[bool, list[str]]:
     """Make room for a checkpoint: a folder in its place that does not verify is set aside.
 
     Returns:

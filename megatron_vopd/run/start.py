@@ -21,11 +21,10 @@ from megatron_vopd.checkpoint.random_states import (
 )
 from megatron_vopd.collectives import all_ranks, rank_0
 from megatron_vopd.errors import UserError, refusal
-from megatron_vopd.files.atomic_folder import verify_hashes
+from megatron_vopd.files.atomic_folder import CheckHashes
 from megatron_vopd.hf.mapping import LayerSpec
 from megatron_vopd.run.folder import (
     STATUS_NAME,
-    CheckHashes,
     checkpoints_dir,
     latest_remark,
     locked,
@@ -109,13 +108,13 @@ class Resume:
     remarks: tuple[str, ...]
 
 
-def choose(run_dir: Path, resume: str, check: CheckHashes = verify_hashes) -> Resume:
+def choose(run_dir: Path, resume: str, check: CheckHashes | None = None) -> Resume:
     """Return what `resume` (`auto`, `never`, a checkpoint folder) means for this run folder.
 
     A checkpoint of another run starts this one once; later starts resume from this run's.
 
     Args:
-        check: checks the hashes of a checkpoint's files.
+        check: checks the hashes of a checkpoint's files, as in `folder.verify_checkpoint`.
 
     Raises:
         UserError: steps were made here and no checkpoint of them verifies, or two runs would mix.
@@ -150,7 +149,7 @@ def choose(run_dir: Path, resume: str, check: CheckHashes = verify_hashes) -> Re
     return Resume(given, verify_checkpoint(given, check), remarks)
 
 
-def _own_checkpoint(given: Path, steps: list[int], check: CheckHashes) -> Resume:
+def _own_checkpoint(given: Path, steps: list[int], check: CheckHashes | None) -> Resume:
     """Return the start from a checkpoint of this very run, unless it has a newer one."""
     step = verify_checkpoint(given, check)
     newer = [other for other in steps if other > step]

@@ -15,8 +15,7 @@ import torch.distributed as dist
 
 from megatron_vopd.collectives import rank_0_helped
 from megatron_vopd.files.atomic_file import FileError
-from megatron_vopd.files.atomic_folder import FileRecord, verify_hashes
-from megatron_vopd.run.folder import CheckHashes
+from megatron_vopd.files.atomic_folder import CheckHashes, FileRecord, verify_hashes
 
 T = TypeVar("T")
 Question = tuple[Path, Sequence[FileRecord]]

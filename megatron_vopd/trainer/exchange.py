@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vopd.data.grading import Outcome
+from megatron_vopd.megatron.microbatch import as_tensor
 from megatron_vopd.types import FinishReason, Prompt, Rollout, TensorNumbers
 
 _HEADER = 6
@@ -86,9 +87,10 @@ def _encode(own: Sequence[Graded]) -> tuple[Tensor, Tensor]:
         length, finish = len(rollout.response_ids), _FINISH.index(rollout.finish_reason)
         has_logprobs = int(rollout.rollout_logprobs is not None)
         header = (graded.order, rollout.sample, length, finish, rollout.policy_version)
-        integers.append(torch.tensor((*header, has_logprobs, *rollout.response_ids)))
-        logprobs = rollout.rollout_logprobs or ()
-        numbers.append(torch.tensor((graded.grade, *logprobs), dtype=torch.float64))
+        integers.append(torch.tensor((*header, has_logprobs)))
+        integers.append(as_tensor(rollout.response_ids, torch.int64))
+        numbers.append(torch.tensor([graded.grade], dtype=torch.float64))
+        numbers.append(as_tensor(rollout.rollout_logprobs or (), torch.float64))
     return torch.cat(integers), torch.cat(numbers)
 
 

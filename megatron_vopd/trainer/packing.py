@@ -25,8 +25,15 @@ from functools import partial
 import torch
 
 from megatron_vopd.errors import UserError
-from megatron_vopd.megatron.microbatch import FILLING_ID, Microbatch, PackingSettings, Row, deal
-from megatron_vopd.types import Rollout, TensorNumbers
+from megatron_vopd.megatron.microbatch import (
+    FILLING_ID,
+    Microbatch,
+    PackingSettings,
+    Row,
+    as_tensor,
+    deal,
+)
+from megatron_vopd.types import Rollout
 
 
 def pack(
@@ -140,7 +147,7 @@ def _build(
     for index, length in zip(members, lengths, strict=False):
         rollout = rollouts[index]
         prompt_ids = torch.tensor(rollout.prompt.ids, dtype=torch.int64)
-        response_ids = _tensor(rollout.response_ids, torch.int64)
+        response_ids = as_tensor(rollout.response_ids, torch.int64)
         first, size = start + len(prompt_ids) - 1, len(response_ids)
         ids_S[start : first + 1] = prompt_ids
         ids_S[first + 1 : first + size] = response_ids[:-1]
@@ -149,7 +156,7 @@ def _build(
         if rollout.rollout_logprobs is None:
             logprobs.append(torch.full((size,), math.nan))
         else:
-            logprobs.append(_tensor(rollout.rollout_logprobs, torch.float32))
+            logprobs.append(as_tensor(rollout.rollout_logprobs, torch.float32))
         if task_advantages is not None:
             advantages.append(torch.full((size,), task_advantages[index]))
         start += length
@@ -163,9 +170,3 @@ def _build(
         teacher,
         members,
     )
-
-
-def _tensor(numbers: Sequence[float], dtype: torch.dtype) -> torch.Tensor:
-    if isinstance(numbers, TensorNumbers):
-        return numbers.values.to(dtype)
-    return torch.tensor(numbers, dtype=dtype)
