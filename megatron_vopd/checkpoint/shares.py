@@ -70,7 +70,7 @@ def slice_shards(entry: Entry, span: Span, values: Tensor) -> Iterator[ShardedTe
     like = torch.empty(entry.data.shape, dtype=values.dtype, device="meta")
     for shard in with_values(entry, like):
         assert shard.data is not None and shard.data.is_contiguous(), shard.key
-        begin, shape = shard.data.storage_offset(), tuple(shard.local_shape)
+        begin, shape = int(shard.data.storage_offset()), tuple(shard.local_shape)
         low, high = max(span[0], begin), min(span[1], begin + shard.data.numel())
         at, axes = low - span[0], shard.prepend_axis_num
         for offsets, sizes in rectangles(shape, low - begin, high - begin):

@@ -133,8 +133,8 @@ def whole_state(made: Made) -> dict[str, str]:
 def whole_optimizer(student: Student) -> dict[str, torch.Tensor]:
     """Join what all ranks would save of Adam's state, by key, without padding of the vocabulary."""
     spans = saved_spans(student, entries(student.bare.sharded_state_dict()))
-    parts = [
-        (part.key, part.global_shape, part.global_offset, part.prepend_axis_num, part.data.clone())
+    parts: list[Any] = [
+        (part.key, part.global_shape, part.global_offset, part.prepend_axis_num, part.data)
         for part in optimizer_values(student, spans)
     ]
     joined: dict[str, torch.Tensor] = {}

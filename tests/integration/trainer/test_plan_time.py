@@ -41,7 +41,9 @@ def _lazy(prompts: list[Prompt], graded: list[Graded]) -> int:
 
 def _eager(graded: Sequence[Graded]) -> int:
     """Decode every response and build every row, of Python's numbers."""
-    decoded = [(tuple(g.rollout.response_ids), tuple(g.rollout.rollout_logprobs)) for g in graded]
+    decoded = [
+        (tuple(g.rollout.response_ids), tuple(g.rollout.rollout_logprobs or ())) for g in graded
+    ]
     number = 0
     for begin in range(0, len(decoded), 4):
         ids, rows, labels, logprobs, advantages = [], [], [], [], []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -38,7 +39,7 @@ def test_whole_rows_stay_one_rectangle() -> None:
     assert rectangles((1000, 64), 128, 64_000) == [((2, 0), (998, 64))]
 
 
-def _halves(key: str, values: torch.Tensor, replica_id: int, _: None) -> list[ShardedTensor]:
+def _halves(key: str, values: torch.Tensor, *_: Any) -> Any:
     """Place the halves of a layer's tensor at a quarter and at three quarters of row 3 of 8."""
     return [
         ShardedTensor.from_rank_offsets(key, part, (0, 3, 8), (1, at, 4), prepend_axis_num=1)
@@ -49,7 +50,8 @@ def _halves(key: str, values: torch.Tensor, replica_id: int, _: None) -> list[Sh
 def test_slices_of_a_tensor_of_two_parts_tile_both() -> None:
     """A gated MLP's halves lie in two places; slices over their border are cut there."""
     local = torch.arange(60.0).view(10, 6)
-    entry = ShardedTensorFactory("w", local, _halves, lambda values: values)
+    merge: Any = None
+    entry = ShardedTensorFactory("w", local, _halves, merge)
     whole = torch.full((8, 20, 6), -1.0)
     for start, stop in ((0, 1), (1, 17), (17, 17), (17, 44), (44, 60)):
         for part in slice_shards(entry, (start, stop), local.view(-1)[start:stop]):
