@@ -21,14 +21,24 @@ from megatron_vopd.ops import reference
 Impl = Literal["auto", "cpu", "cuda", "reference"]
 IMPLS = ("auto", "cpu", "cuda", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-OPERATORS = ("local_stats", "merge_stats", "merge_topk", "logits_gradient", "logits_gradient_")
+OPERATORS = (
+    "local_stats",
+    "merge_stats",
+    "merge_topk",
+    "logits_gradient",
+    "logits_gradient_",
+    "logits_gradient_narrow_",
+)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation of every operator; the signatures are those of `ops.reference`."""
+    """One implementation of every operator; the signatures are those of `ops.reference`.
+
+    `logits_gradient_narrow_` has no compiled twin on the CPU, where no product takes its result.
+    """
 
     name: str
     local_stats: Callable
@@ -36,28 +46,42 @@ class Kernels:
     merge_topk: Callable
     logits_gradient: Callable
     logits_gradient_: Callable
+    logits_gradient_narrow_: Callable
 
 
 @functools.cache
-def extension() -> ModuleType | None:
-    """Return the compiled module, or None where it was not built (only the reference exists)."""
+def _loaded() -> tuple[ModuleType | None, str]:
+    """Import the compiled module; return it, or None and why there is none."""
     try:
         module = importlib.import_module("megatron_vopd._C")
     except ModuleNotFoundError:
-        return None
+        return None, f"the extension is not built; {BUILD_REMEDY}"
+    except ImportError as error:  # compiled against another torch or Python, most often
+        reason = " ".join(str(error).split())
+        return None, f"the extension cannot be loaded ({reason}); {BUILD_REMEDY} again"
     importlib.import_module("megatron_vopd.ops.fake")
-    return module
+    return module, ""
+
+
+def extension() -> ModuleType | None:
+    """Return the compiled module, or None where it was not built or cannot be loaded."""
+    return _loaded()[0]
+
+
+def missing_kernels(device: str) -> str | None:
+    """Return why there are no compiled kernels for `device` ("cpu", "cuda"); None: there are."""
+    return _why_missing(device, torch.device(device), torch.float32)
 
 
 def build_info() -> dict[str, str]:
     """Return `isa` in use, `detected_isa`, `cuda_archs` ("" without CUDA) and `compiler`.
 
     Raises:
-        ValueError: the extension is not built.
+        ValueError: the extension is not built, or cannot be loaded.
     """
-    module = extension()
+    module, reason = _loaded()
     if module is None:
-        raise ValueError(f"the extension is not built; {BUILD_REMEDY}")
+        raise ValueError(reason)
     return module.build_info()
 
 
@@ -66,9 +90,9 @@ BUILD_REMEDY = "build it with `pip install --no-build-isolation -e .`"
 
 def _why_missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the compiled kernels `name` (cpu, cuda) cannot take such logits, else None."""
-    module = extension()
+    module, reason = _loaded()
     if module is None:
-        return f"the extension is not built; {BUILD_REMEDY}"
+        return reason
     if device.type != name:
         return f"the tensors are on {device.type}; move them, or use impl='auto'"
     if name == "cuda" and not module.build_info()["cuda_archs"]:

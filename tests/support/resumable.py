@@ -76,7 +76,9 @@ def make(
         engine.update_weights([], policy_version)
 
     stream = PromptStream(PROMPTS, seed=3)
-    collector = RolloutCollector(groups, own, stream, settings, VOCAB, "cpu", push=push, stop=stop)
+    collector = RolloutCollector(
+        groups, own, stream, settings, VOCAB, setup.device, push=push, stop=stop
+    )
     curriculum = EntropyGatedLength((6, 9, 12), interval=2)
     teachers, held_out = setup.teachers(student), PROMPTS[:2]
     trainer = Trainer(
@@ -118,14 +120,14 @@ def raw_state(made: Made) -> dict[str, str]:
 
 def digest(tensor: torch.Tensor) -> str:
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(flat.cpu().numpy().tobytes()).hexdigest()
 
 
 def whole_state(made: Made) -> dict[str, str]:
     """Hash parameters by HF name and Adam's state by key, whatever the layout."""
     student = made.student
     parameters = dict[str, torch.Tensor](student.bare.named_parameters())
-    exported = export_tensors(parameters, student.facts, student.groups)
+    exported = export_tensors(parameters, student.facts, student.groups, student.options.layer_spec)
     found = {f"param {name}": digest(tensor) for name, tensor in exported}
     return found | {key: digest(tensor) for key, tensor in whole_optimizer(student).items()}
 
