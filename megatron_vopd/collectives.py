@@ -10,14 +10,21 @@ a flag on its rank; ranks compare flags where none of them is inside a collectiv
 phases of a step, and after it. Only a leader that waits for its engine stops at once, by an
 exception that the other ranks learn of: a generation may take longer than the 30 s that a launcher
 waits.
+
+What may take hours on a few ranks, such as a download, must not run out the deadline of the others'
+collective. They look into the store instead, where the working ranks show that they are alive, and
+enter the collective when the work is done, or when nobody has shown it for a while (`some_ranks`).
 """
 
 from __future__ import annotations
 
 import datetime
+import itertools
+import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -28,6 +35,8 @@ from megatron_vopd.errors import EngineError, StopRequested, UserError
 
 T = TypeVar("T")
 SPOKEN_KEY, SPEAK_SECONDS = "megatron_vopd/spoken", 5.0
+WORK_KEY, ALIVE_SECONDS, SILENT_SECONDS = "megatron_vopd/work", 5.0, 120.0
+_works = itertools.count()
 
 
 def all_ranks(action: Callable[..., T], *args: Any, **kwargs: Any) -> T:
@@ -61,6 +70,140 @@ def rank_0(action: Callable[..., T], *args: Any, **kwargs: Any) -> T:
     """
     outcome = _attempt(action, args, kwargs) if dist.get_rank() == 0 else (None, None)
     return _exchange(*outcome)[0]
+
+
+def rank_0_helped(
+    action: Callable[[Callable[[Any], list[Any]]], T], answer: Callable[[Any], Any]
+) -> T:
+    """Run `action(ask)` on rank 0 as `rank_0` does; `ask(question)` has every rank answer.
+
+    Every rank of the world calls it. Questions, answers and the result travel pickled, in two
+    all-gathers for each question and two for the end.
+
+    Args:
+        action: calls `ask` as often as it likes; it returns the answers in rank order.
+        answer: question -> answer, on every rank; raises nothing.
+
+    Raises:
+        UserError: on every rank when `action` raised one, or an OSError.
+    """
+
+    def ask(question: Any) -> list[Any]:
+        _all_gather_objects((question,))
+        return _all_gather_objects(answer(question))
+
+    if dist.get_rank() == 0:
+        outcome = _attempt(action, (ask,), {})
+        _all_gather_objects(None)
+        return _exchange(*outcome)[0]
+    while (asked := _all_gather_objects(None)[0]) is not None:
+        _all_gather_objects(answer(asked[0]))
+    return _exchange(None, None)[0]
+
+
+def some_ranks(action: Callable[..., T] | None, *args: Any) -> T | None:
+    """Run `action(*args)` on the ranks that have one, however long it takes; return its result.
+
+    Every rank of the world calls it, and returns after all have succeeded. While they wait, ranks
+    count in the store through which they met (8 bytes each time); then one all-gather of error
+    texts.
+
+    Args:
+        action: None: this rank has nothing to do, and waits.
+
+    Raises:
+        UserError: on every rank when any rank raised one, or an OSError.
+    """
+    result, error = None, None
+    work = _Work(f"{WORK_KEY}/{next(_works)}")
+    if action is not None:
+        with work.shown():
+            result, error = _attempt(action, args, {})
+    work.finish()
+    _exchange(None, error)
+    return result
+
+
+class _Work:
+    """One work of some ranks, by its name in the store: how many are done, and signs of life.
+
+    Where the store cannot be reached nothing is waited for: the collective that follows does.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._done, self._alive = f"{name}/done", f"{name}/alive"
+        self._store = dist.distributed_c10d._get_default_store()
+        self._size = dist.get_world_size()
+
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Show while the block runs that this process is alive, by a thread."""
+        ended = threading.Event()
+
+        def show() -> None:
+            while not ended.wait(ALIVE_SECONDS):
+                self._add(self._alive, 1)
+
+        thread = threading.Thread(target=show, name="alive", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+    def finish(self) -> None:
+        """Return when all ranks have called this, or no sign of life came for SILENT_SECONDS."""
+        self._add(self._done, 1)
+        seen, since, pause = (0, 0), time.monotonic(), 0.005
+        while (found := (self._add(self._done, 0), self._add(self._alive, 0)))[0] < self._size:
+            if found != seen:
+                seen, since = found, time.monotonic()
+            elif time.monotonic() - since > SILENT_SECONDS:
+                return
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+
+    def _add(self, key: str, number: int) -> int:
+        try:
+            return self._store.add(key, number)
+        except RuntimeError:
+            return self._size
+
+
+def first_of_each_node(action: Callable[[bool], T]) -> T:
+    """Run `action(False)` on the first rank of each node, then `action(True)` on the others.
+
+    For what the first rank leaves on the node's disk, where the others find it. Every rank of the
+    world calls it. The first rank is that of LOCAL_RANK 0, as torchrun sets it; without the
+    variable every rank is one. Collectives as in `some_ranks` and `all_ranks`.
+
+    Raises:
+        UserError: on every rank when any rank raised one, or an OSError.
+    """
+    is_first = int(os.environ.get("LOCAL_RANK", "0")) == 0
+    own = some_ranks(action if is_first else None, False)
+    others = all_ranks(lambda: None if is_first else action(True))
+    return own if is_first else others  # pyright: ignore[reportReturnType]
+
+
+def tensor_of_rank_0(tensor: torch.Tensor | None, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Return rank 0's tensor [n] on every rank, on the CPU.
+
+    Every rank of the world calls it. Two broadcasts: n, then the tensor.
+
+    Args:
+        tensor: on rank 0, of type `dtype`; None elsewhere.
+        device: device of the tensors that are sent.
+    """
+    length = torch.tensor([0 if tensor is None else len(tensor)], device=device)
+    dist.broadcast(length, 0)
+    sent = torch.empty(int(length), dtype=dtype, device=device)
+    if tensor is not None:
+        sent.copy_(tensor)
+    if len(sent):
+        dist.broadcast(sent, 0)
+    return sent.cpu()
 
 
 def _attempt(
@@ -220,12 +363,18 @@ def broadcast_from_position(
     return tensor
 
 
-def join_slices(whole: torch.Tensor, group: dist.ProcessGroup) -> torch.Tensor:
-    """Join the ranks' slices of `whole`, fp32: each rank has its slice, and zeros elsewhere.
+def anywhere_in_group(
+    flags: Sequence[bool], group: dist.ProcessGroup, device: torch.device | str
+) -> list[bool]:
+    """Return, for each of the flags, whether any rank of `group` has it set.
 
-    They are added as integers, so that the bits of every value survive, -0.0 included, and written
-    over `whole`. One all-reduce of the whole tensor over `group`.
+    One all-reduce of a byte for each flag over `group`.
+
+    Args:
+        flags: as many on every rank of the group.
+        device: where the flags are compared.
     """
-    if group.size() > 1:
-        dist.all_reduce(whole.view(torch.int32), group=group)
-    return whole
+    values = torch.tensor(flags, dtype=torch.uint8, device=device)
+    if group.size() > 1 and flags:
+        dist.all_reduce(values, dist.ReduceOp.MAX, group)
+    return [bool(value) for value in values.tolist()]

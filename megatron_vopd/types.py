@@ -12,10 +12,14 @@ Sizes: ``tp pp cp ep dp`` are the tensor-, pipeline-, context-, expert- and data
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from megatron_vopd.errors import LayoutError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # Response tokens for which the logits of both models exist at a time.
 LOSS_CHUNK = 4096
@@ -135,6 +139,47 @@ class Prompt:
     teacher: str = "teacher"
 
 
+class TensorNumbers(Sequence[Any]):
+    """Numbers that lie in a tensor, to be read like the tuple of Python numbers that they equal.
+
+    Most ranks never look at most tokens of a step: such a sequence costs nothing until it is read.
+
+    Attributes:
+        values: 1-d, on the CPU.
+    """
+
+    __slots__ = ("values",)
+
+    def __init__(self, values: Tensor) -> None:
+        self.values = values
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+    def __getitem__(self, index: Any) -> Any:
+        found = self.values[index].tolist()
+        return tuple(found) if isinstance(index, slice) else found
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.values.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, tuple | TensorNumbers) and tuple(self) == tuple(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return repr(tuple(self))
+
+    def __deepcopy__(self, _: Any) -> tuple[Any, ...]:
+        """Return the tuple, which `json` writes: `dataclasses.asdict` copies values this way."""
+        return tuple(self)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return tuple, (self.values.tolist(),)
+
+
 @dataclass(frozen=True)
 class Rollout:
     """One sampled (or given) response to a prompt.
@@ -142,6 +187,7 @@ class Rollout:
     Attributes:
         sample: index among the samples of its prompt, from 0.
         response_ids: without the prompt; a final end-of-sequence id is part of it, and trained.
+            A tuple, or `TensorNumbers`, as are the log-probs.
         rollout_logprobs: log mu of each response id under the distribution actually sampled
             (temperature and nucleus applied), nats; None: not sampled by an engine.
         finish_reason: stop (an end-of-sequence id was sampled) or length.
@@ -150,8 +196,8 @@ class Rollout:
 
     prompt: Prompt
     sample: int
-    response_ids: tuple[int, ...]
-    rollout_logprobs: tuple[float, ...] | None
+    response_ids: Sequence[int]
+    rollout_logprobs: Sequence[float] | None
     finish_reason: FinishReason
     policy_version: int
 

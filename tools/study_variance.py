@@ -128,7 +128,7 @@ class Bench:
         """Compute [G, V] fp32 logits after each prompt and what was drawn for it."""
         student, pairs = self.student, zip(prompts, drawn, strict=True)
         whole = [Rollout(prompt, 0, (*ids, 0), None, "length", 0) for prompt, ids in pairs]
-        rows = pack(whole, student.packing(ROW_TOKENS))[0]
+        rows = [row.microbatch for row in pack(whole, student.packing(ROW_TOKENS))[0]]
         hidden = forward_hidden(student.model, student.groups, rows, "cpu")
         logits = torch.empty(len(whole), student.facts.vocab_size)
         for row, hidden_TD in zip(rows, hidden, strict=True):

@@ -7,18 +7,18 @@ rank (the distributed optimizer). A checkpoint has one form for all three, that 
 parameter KEY; `fp32_param` where the parameter itself is not fp32. So any layout and either
 optimizer may continue from it.
 
-Slices are joined, and cut again, one parameter at a time: megatron-core's own functions would hold
-the whole state of a model shard on every rank.
+Each rank writes its own slice, and reads it again, one parameter at a time (`shares`): nothing is
+sent between ranks. Where replicas hold the state whole, each writes an equal share of it.
+megatron-core's own functions would hold the whole state of a model shard on every rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from torch import Tensor
 
@@ -26,12 +26,10 @@ from megatron_vopd.checkpoint.sharded import (
     CheckpointReader,
     Entry,
     entries,
-    is_saved_here,
     renamed,
     shards,
-    with_values,
 )
-from megatron_vopd.collectives import join_slices
+from megatron_vopd.checkpoint.shares import Span, slice_shards
 from megatron_vopd.megatron.student import Student
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -46,14 +44,12 @@ class Slot:
     Attributes:
         inner: the torch optimizer.
         main: fp32; the parameter itself, a copy, or a flat slice; None: no part of it is here.
-        start: of the slice in the flattened parameter.
-        group: the ranks that hold the slices; None: whole on every rank.
+        start: of the slice in the flattened parameter; None: whole on every replica.
     """
 
     inner: Any
     main: Tensor | None
-    start: int = 0
-    group: dist.ProcessGroup | None = None
+    start: int | None = None
 
     def tensor(self, kind: str) -> Tensor | None:
         """Return this rank's part of a moment or of the main values."""
@@ -92,11 +88,11 @@ def _slots(student: Student) -> dict[str, Slot]:
 def _cut_slot(member: Any, parameter: Tensor) -> Slot:
     """Make the slot of a parameter whose state the distributed optimizer splits."""
     if parameter not in member.model_param_gbuf_map:
-        return Slot(member.optimizer, None, 0, member.data_parallel_group)
+        return Slot(member.optimizer, None)
     group, order = member.model_param_group_index_map[parameter]
     main = member.optimizer.param_groups[group]["params"][order]
     start = member._get_model_param_range_map(parameter)["param"].start
-    return Slot(member.optimizer, main, start, member.data_parallel_group)
+    return Slot(member.optimizer, main, start)
 
 
 def _require_moments(slots: dict[str, Slot]) -> None:
@@ -148,8 +144,8 @@ def _kinds(parameter: Tensor) -> tuple[str, ...]:
     return MOMENTS if parameter.dtype == torch.float32 else (*MOMENTS, MAIN)
 
 
-def _places(student: Student) -> Iterator[tuple[str, Tensor, str, Entry]]:
-    """Yield parameter name, parameter, kind and place; in the same order on replicas.
+def _places(student: Student) -> Iterator[tuple[str, str, Entry]]:
+    """Yield parameter name, kind and place; in the same order on replicas.
 
     A second copy of a tied head has the name of the first.
     """
@@ -157,61 +153,47 @@ def _places(student: Student) -> Iterator[tuple[str, Tensor, str, Entry]]:
     for name, parameter in student.bare.named_parameters():
         entry = model_entries[name]
         for kind in _kinds(parameter):
-            yield name, parameter, kind, renamed(entry, f"{_PREFIX}.{kind}", torch.float32)
+            yield name, kind, renamed(entry, f"{_PREFIX}.{kind}", torch.float32)
 
 
 @torch.no_grad()
-def optimizer_values(student: Student) -> Iterator[ShardedTensor]:
-    """Yield what this rank saves, one parameter's tensor at a time.
+def optimizer_values(student: Student, spans: Mapping[str, Span]) -> Iterator[ShardedTensor]:
+    """Yield what this rank saves, as views of what it holds, one parameter's tensor at a time.
 
-    A collective of the data-parallel groups for the distributed optimizer: every rank goes through
-    it to the end, whatever happens to what it gets.
-    """
-    for _, _, entry, whole in whole_tensors(student):
-        if is_saved_here(entry):
-            yield from with_values(entry, whole)
-
-
-def _joined(slot: Slot, kind: str, parameter: Tensor) -> Tensor:
-    own = slot.tensor(kind)
-    if slot.group is None:
-        assert own is not None
-        return own.detach()
-    whole = torch.zeros(parameter.numel(), dtype=torch.float32, device=parameter.device)
-    if own is not None:
-        whole[slot.start : slot.start + own.numel()] = own.detach().view(-1)
-    return join_slices(whole, slot.group).view(parameter.shape)
-
-
-@torch.no_grad()
-def whole_tensors(student: Student) -> Iterator[tuple[str, str, Entry, Tensor]]:
-    """Yield parameter name, kind, place and the whole tensor, one at a time on every rank.
-
-    A collective like `optimizer_values`; the order is the same on replicas.
+    Args:
+        spans: result of `shares.saved_spans`.
     """
     slots = _slots(student)
     _require_moments(slots)
-    for name, parameter, kind, entry in _places(student):
-        yield name, kind, entry, _joined(slots[name], kind, parameter)
+    for name, kind, entry in _places(student):
+        slot = slots[name]
+        own = slot.tensor(kind)
+        if own is None or name not in spans:
+            continue
+        values = own.detach().view(-1)
+        if slot.start is None:
+            start, stop = spans[name]
+            yield from slice_shards(entry, (start, stop), values[start:stop])
+        else:
+            yield from slice_shards(entry, (slot.start, slot.start + len(values)), values)
 
 
 def optimizer_shards(student: Student) -> list[ShardedTensor]:
-    """List what this rank needs of a checkpoint, without values."""
+    """List the tensors of which this rank needs a part in a checkpoint, whole, without values."""
     return [shard for *_, entry in _places(student) for shard in shards(entry)]
 
 
 @torch.no_grad()
 def fill_optimizer(student: Student, reader: CheckpointReader) -> None:
-    """Read main values and moments; `reader` was asked for `optimizer_shards` before."""
+    """Read this rank's part of main values and moments, and nothing else.
+
+    `reader` was asked for `optimizer_shards` before.
+    """
     slots = _slots(student)
     _require_moments(slots)
-    for name, parameter, kind, entry in _places(student):
-        slot = slots[name]
-        own = slot.tensor(kind)
+    for name, kind, entry in _places(student):
+        own, start = slots[name].tensor(kind), slots[name].start or 0
         if own is None:
             continue
-        whole = torch.empty(parameter.shape, dtype=torch.float32)
-        for shard in with_values(entry, whole):
+        for shard in slice_shards(entry, (start, start + own.numel()), own.view(-1)):
             reader.fill(shard)
-        part = whole.view(-1)[slot.start : slot.start + own.numel()]
-        own.copy_(part.view(own.shape))

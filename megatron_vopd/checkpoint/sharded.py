@@ -50,6 +50,7 @@ from megatron_vopd.files.atomic_file import FileError, regular_size
 from megatron_vopd.files.atomic_folder import OutputFile, Staging
 from megatron_vopd.hf.folder import read_json
 from megatron_vopd.hf.tensors import dtype_name
+from megatron_vopd.types import TensorNumbers
 
 STATE_NAME = "common.json"
 STATE_FORMAT = 1
@@ -153,7 +154,7 @@ def complete(staging: Staging, written: Iterable[Written], state: dict[str, Any]
     """Write index, format and common state over the chunks of all ranks. For rank 0.
 
     Args:
-        state: everything that is not a tensor, as JSON values.
+        state: everything else, as JSON values; `TensorNumbers` become lists.
     """
     tensors: dict[str, StoredTensor] = {}
     for key, dtype, shape, chunk in written:
@@ -167,8 +168,14 @@ def complete(staging: Staging, written: Iterable[Written], state: dict[str, Any]
     staging.write(INDEX_NAME, index_bytes(tensors))
     staging.write(COMMON_NAME, empty_common())
     staging.write(CONFIG_NAME, config_bytes())
-    text = json.dumps({"format": STATE_FORMAT, **state}, indent=1, sort_keys=True)
+    content = {"format": STATE_FORMAT, **state}
+    text = json.dumps(content, indent=1, sort_keys=True, default=_as_list)
     staging.write(STATE_NAME, (text + "\n").encode("ascii"))
+
+
+def _as_list(value: Any) -> list[Any]:
+    assert isinstance(value, TensorNumbers), f"{type(value).__name__} is no JSON value"
+    return list(value)
 
 
 def read_state(folder: Path) -> dict[str, Any]:

@@ -251,27 +251,32 @@ class TrainingPrompts:
 
 
 def load_training_prompts(
-    data: DataSection,
-    tokenizer: PromptTokenizer,
-    teachers: Sequence[str],
-    needs_answer: bool,
-    num_held_out: int,
-    seed: int,
-) -> TrainingPrompts:
-    """Read `data.train`, with `num_held_out` prompts held out (for the curriculum's entropy).
+    data: DataSection, tokenizer: PromptTokenizer, teachers: Sequence[str], needs_answer: bool
+) -> Prompts:
+    """Read `data.train`.
 
     Args:
         teachers: keys of the configured teachers.
         needs_answer: require a reference answer of every record.
-        seed: decides which prompts are held out, and the order of the others.
 
     Raises:
         DataError: no `data.train`, a record that cannot be used, or no prompt left.
-        UserError: not enough different prompts to hold out `num_held_out` of them.
     """
     if data.train is None:
         raise DataError("data.train", "nothing", "prompts", "set it to a path or hub id")
-    read = load_prompts(data.train, "data.train", data, tokenizer, teachers, needs_answer)
+    return load_prompts(data.train, "data.train", data, tokenizer, teachers, needs_answer)
+
+
+def training_prompts(read: Prompts, num_held_out: int, seed: int) -> TrainingPrompts:
+    """Make the stream of training, with `num_held_out` prompts held out.
+
+    Args:
+        num_held_out: for the curriculum's entropy.
+        seed: decides which prompts are held out, and the order of the others.
+
+    Raises:
+        UserError: not enough different prompts to hold out `num_held_out` of them.
+    """
     training, held_out = split_held_out(read.prompts, num_held_out, seed)
     return TrainingPrompts(PromptStream(training, seed), held_out, read.num_too_long)
 

@@ -1,7 +1,7 @@
 """Models by hub id: their folders in the local hub cache, downloaded first where they are missing.
 
 Only files that a model needs are fetched: no Python, nothing pickled. Under `HF_HUB_OFFLINE=1`
-nothing is downloaded. Ranks of one machine may call at once: the hub client locks each file.
+nothing is downloaded. Of the ranks of a node one downloads, then the others look (`cached`).
 """
 
 from __future__ import annotations
@@ -15,12 +15,13 @@ _ABOUT = ["*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "LICENSE", "NOT
 _WEIGHTS = ["*.safetensors"]
 
 
-def local_model_folder(path: str, key: str, weights: bool = True) -> str:
+def local_model_folder(path: str, key: str, weights: bool = True, cached: bool = False) -> str:
     """Return the folder of a model: `path` itself if it is local, else that of the hub id.
 
     Args:
         path: local path (`~` is expanded) or hub id.
         key: the setting that holds `path`, for messages.
+        cached: look into the local cache alone, without asking the hub.
         weights: False leaves the weights out (config, tokenizer, templates only).
 
     Raises:
@@ -32,7 +33,8 @@ def local_model_folder(path: str, key: str, weights: bool = True) -> str:
     from huggingface_hub.errors import HFValidationError
 
     try:
-        return snapshot_download(path, allow_patterns=_ABOUT + (_WEIGHTS if weights else []))
+        patterns = _ABOUT + (_WEIGHTS if weights else [])
+        return snapshot_download(path, allow_patterns=patterns, local_files_only=cached)
     except (OSError, HFValidationError) as error:
         problem = Problem(
             key,

@@ -1,15 +1,16 @@
 # ruff: noqa: N815  (field names carry shapes, like every name here)
-"""One packed row of sequences, and how context parallelism cuts it."""
+"""One packed row of sequences, planned and built, and how context parallelism cuts it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from megatron_vopd.types import sequence_multiple
+from megatron_vopd.types import TensorNumbers, sequence_multiple
 
 # Fills rows up; any id of the vocabulary would do, since no response token sees it.
 FILLING_ID = 0
@@ -46,6 +47,33 @@ class Microbatch:
 
 
 @dataclass(frozen=True)
+class Row:
+    """One row of a step's plan. Every rank knows it; its tensors are made on ranks that need them.
+
+    Attributes:
+        lengths, teacher, rollouts: of the microbatch.
+        num_tokens: response tokens.
+        build: makes the microbatch.
+    """
+
+    lengths: tuple[int, ...]
+    num_tokens: int
+    teacher: str
+    rollouts: tuple[int, ...]
+    build: Callable[[], Microbatch]
+
+    @property
+    def size(self) -> int:
+        """Tokens of the row, filling included."""
+        return sum(self.lengths)
+
+    @cached_property
+    def microbatch(self) -> Microbatch:
+        """The row's tensors, whole (not cut over cp), on the CPU; made once."""
+        return self.build()
+
+
+@dataclass(frozen=True)
 class PackingSettings:
     """The sizes by which rows are made.
 
@@ -67,6 +95,13 @@ class PackingSettings:
         return sequence_multiple(self.cp)
 
 
+def as_tensor(numbers: Sequence[float], dtype: torch.dtype) -> Tensor:
+    """Return ids or log-probs of a response as a tensor on the CPU; not to be written to."""
+    if isinstance(numbers, TensorNumbers):
+        return numbers.values.to(dtype)
+    return torch.tensor(numbers, dtype=dtype)
+
+
 def deal(loads: Sequence[int], num_hands: int) -> list[list[int]]:
     """Deal out indices of `loads`, heaviest first, back and forth; hands differ by one at most."""
     hands: list[list[int]] = [[] for _ in range(num_hands)]
@@ -76,7 +111,7 @@ def deal(loads: Sequence[int], num_hands: int) -> list[list[int]]:
     return hands
 
 
-def empty_row(like: Microbatch) -> Microbatch:
+def empty_row(like: Row) -> Microbatch:
     """Return a row without responses for the teacher of `like`, for replicas without data."""
     none = torch.zeros(0, dtype=torch.int64)
     segment = like.lengths[-1:]  # a length that is a multiple of whatever lengths must be

@@ -29,12 +29,12 @@ from megatron_vopd.hf.tensors import SafetensorsFolder, read_config
 from megatron_vopd.megatron.forward import forward_hidden
 from megatron_vopd.megatron.groups import Groups
 from megatron_vopd.megatron.host_copy import host_copies
-from megatron_vopd.megatron.microbatch import Microbatch, cp_tokens, deal, empty_row
+from megatron_vopd.megatron.microbatch import Microbatch, Row, cp_tokens, deal, empty_row
 from megatron_vopd.megatron.model import ModelOptions, build_model
 from megatron_vopd.megatron.weights import load_weights
 from megatron_vopd.vocab_parallel import VocabShard
 
-Replicas = Sequence[Sequence[Microbatch]]
+Replicas = Sequence[Sequence[Row]]
 Place = tuple[int, int]  # student replica, microbatch of that replica
 Keep = Callable[[Place, Tensor], None]
 
@@ -177,7 +177,8 @@ def score(
     A collective of the whole world, teacher by teacher in the order of their keys.
 
     Args:
-        replicas: the whole plan, the same on every rank; whole rows, not yet cut over cp.
+        replicas: the whole plan, the same on every rank; whole rows, not yet cut over cp. Built are
+            those that this rank scores or trains.
         student: its layout and groups.
         skip: rows that are not scored, the same on every rank.
         keep: called with each scored row's place and states [T, D], whole, on one rank: the first
@@ -223,9 +224,9 @@ def _score_places(
 ) -> dict[int, Tensor]:
     """Score with one teacher: hidden states of this rank's microbatches by their position."""
     rows = [replicas[replica][position] for replica, position in places]
-    plan = teacher_plan([len(row.ids_S) for row in rows], teacher.groups.layout.dp)
+    plan = teacher_plan([row.size for row in rows], teacher.groups.layout.dp)
     own = plan[teacher.groups.coordinates.dp]
-    hidden = teacher.score([empty_row(rows[0]) if i is None else rows[i] for i in own])
+    hidden = teacher.score([empty_row(rows[0]) if i is None else rows[i].microbatch for i in own])
     scored = {i: states for i, states in zip(own, hidden, strict=False) if i is not None}
     if keep is not None and teacher.groups.coordinates.tp == 0:
         for i, states in scored.items():
@@ -237,7 +238,7 @@ def _score_places(
     result = {}
     for i, (replica, position) in enumerate(places):
         if replica == student.coordinates.dp:
-            wanted = len(cp_tokens(rows[i], student.coordinates.cp, student.layout.cp))
+            wanted = len(cp_tokens(rows[i].microbatch, student.coordinates.cp, student.layout.cp))
             states = arrived.get(i)
             states = teacher.received(wanted) if states is None else states
             result[position] = teacher.held(broadcast_from_position(states, 0, student.tp))
@@ -247,7 +248,7 @@ def _score_places(
 def _exchange(
     teacher: Teacher,
     places: list[Place],
-    rows: list[Microbatch],
+    rows: list[Row],
     scored: Mapping[int, Tensor],
     replica_of: Mapping[int, int],
     student: Groups,
@@ -259,8 +260,10 @@ def _exchange(
         source = teacher.groups.layout.rank_at(0, 0, replica_of[i], last_stage)
         for cp_rank in range(cp):
             target = student.layout.rank_at(0, cp_rank, replica, student.layout.pp - 1)
-            tokens = cp_tokens(rows[i], cp_rank, cp)
-            if me not in (source, target) or not len(tokens):
+            if me not in (source, target):
+                continue
+            tokens = cp_tokens(rows[i].microbatch, cp_rank, cp)
+            if not len(tokens):
                 continue
             if me == source:
                 part = scored[i][tokens.to(scored[i].device)].contiguous()

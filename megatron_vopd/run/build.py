@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_vopd.collectives import StopFlag, all_ranks
+from megatron_vopd.collectives import StopFlag, all_ranks, first_of_each_node
 from megatron_vopd.config.schema import Config, TeacherSection
 from megatron_vopd.config.world import layouts
 from megatron_vopd.data.grading import Grader
@@ -72,7 +73,7 @@ def sound_models(config: Config, device: str) -> dict[str, ModelFolder]:
     """Read the run's models once, and check the configuration against them on this world.
 
     Every rank of the world calls it. A mistake that local folders show is refused before anything
-    is downloaded from a hub.
+    is downloaded from a hub; the first rank of each node downloads, the others find it there.
 
     Args:
         device: "cpu" or "cuda", already resolved.
@@ -81,11 +82,12 @@ def sound_models(config: Config, device: str) -> dict[str, ModelFolder]:
         ConfigError: on every rank, everything that `vopd check` would refuse.
     """
 
-    def check() -> dict[str, ModelFolder]:
+    def check(cached: bool) -> dict[str, ModelFolder]:
         world_size, paths = dist.get_world_size(), config.model_paths
         findings = preflight(config, world_size, device)
         if not findings.problems and findings.models.keys() != paths.keys():
-            findings = preflight(config, world_size, device, read_models(paths, findings.models))
+            read = read_models(paths, findings.models, cached)
+            findings = preflight(config, world_size, device, read)
         if findings.problems:
             raise ConfigError(findings.problems)
         known = (device, config.parallel.tp, config.parallel.cp)
@@ -93,7 +95,7 @@ def sound_models(config: Config, device: str) -> dict[str, ModelFolder]:
             announce(f"note: {notice}", config.logging.console)
         return findings.models
 
-    return all_ranks(check)
+    return first_of_each_node(check)
 
 
 def build(
@@ -123,10 +125,10 @@ def build(
     settings = step_settings(config, stop_ids, replay_dir)
     tokenizer = all_ranks(PromptTokenizer.of, models["student"].path, config.student)
     # Before the weights, which take longer: a mistake in the data is reported early.
-    sources = all_ranks(load_sources, config, tokenizer, stop_ids, models)
+    sources = load_sources(config, tokenizer, stop_ids, models, device)
     for line in sources.summary:
         announce(line, config.logging.console)
-    all_ranks(fetch_weights, config.model_paths, models)
+    first_of_each_node(partial(fetch_weights, config.model_paths, models))
     student, teachers = _load_models(config, models, device)
     vocab_size = min(model.facts.vocab_size for model in (student, *teachers.values()))
     engine, pusher = all_ranks(engines, student, vocab_size)

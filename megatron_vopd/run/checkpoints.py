@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,10 +39,11 @@ from megatron_vopd.checkpoint.sharded import (
     read_state,
     shards,
 )
+from megatron_vopd.checkpoint.shares import Span, saved_spans, slice_shards
 from megatron_vopd.checkpoint.staging import begin_staging, publish_staging
 from megatron_vopd.collectives import all_ranks, from_all_ranks, rank_0
 from megatron_vopd.files.atomic_file import FileError
-from megatron_vopd.files.atomic_folder import Staging, read_manifest
+from megatron_vopd.files.atomic_folder import CheckHashes, Staging, read_manifest
 from megatron_vopd.hf.tensors import dtype_name
 from megatron_vopd.hf.writer import text_files
 from megatron_vopd.megatron.student import Student
@@ -54,6 +56,7 @@ from megatron_vopd.run.folder import (
     write_latest,
 )
 from megatron_vopd.run.identity import require_same
+from megatron_vopd.run.verify import with_all_ranks
 from megatron_vopd.trainer.trainer import Trainer
 
 _RANDOM = "random_states"
@@ -91,14 +94,16 @@ class RunCheckpoints:
         step = self.trainer.step
         out_dir = step_dir(self.run_dir, step)
         state = self._state(extra or {})
-        is_there, remarks = rank_0(self._prepare, step)
+        is_there, remarks = with_all_ranks(partial(self._prepare, step))
         for remark in remarks:
             self.say(remark)
         if not is_there:
             with ExitStack() as stack:
                 staging = begin_staging(stack, out_dir, self.source_dir, self._num_bytes())
-                written = self._write(ShardFile(staging, dist.get_rank()))
-                chunks = [chunk for part in from_all_ranks(written) for chunk in part]
+                weights = entries(self.student.bare.sharded_state_dict())
+                spans = saved_spans(self.student, weights)
+                written = from_all_ranks(self._write, staging, spans)
+                chunks = [chunk for part in written for chunk in part]
                 rank_0(self._finish, staging, chunks, state)
                 info = {"kind": KIND, "step": step, "topology": state["layout"]}
                 publish_staging(staging, out_dir, info)
@@ -112,10 +117,10 @@ class RunCheckpoints:
             staging.write(f"{HF_DIR}/{name}", content)
         complete(staging, chunks, state)
 
-    def _prepare(self, step: int) -> tuple[bool, list[str]]:
+    def _prepare(self, step: int, check: CheckHashes) -> tuple[bool, list[str]]:
         """Make the folder of checkpoints; return what `make_room` finds at the place of `step`."""
         checkpoints_dir(self.run_dir).mkdir(parents=True, exist_ok=True)
-        return make_room(self.run_dir, step)
+        return make_room(self.run_dir, step, check)
 
     def _remove_old(self, newest: int, also: Collection[int]) -> None:
         remove_old(self.run_dir, newest, self.keep, also)
@@ -144,39 +149,21 @@ class RunCheckpoints:
         ]
         return sum(from_all_ranks(sum, sizes))
 
-    def _write(self, file: ShardFile) -> Callable[[], list[Written]]:
-        """Write this rank's shards; after a failure, take part in the collectives to the end.
+    def _write(self, staging: Staging, spans: Mapping[str, Span]) -> list[Written]:
+        """Write this rank's shares into its file; return its chunks."""
+        with ShardFile(staging, dist.get_rank()) as file:
+            for shard in self._values(spans):
+                shard.data = shard.data.detach().cpu()
+                file.add(shard)
+        return file.written
 
-        Returns:
-            A function that returns the chunks written, or raises what went wrong.
-        """
-        error: Exception | None = None
-        try:
-            with file:
-                for shard in self._values():
-                    try:
-                        if error is None:
-                            shard.data = shard.data.detach().cpu()
-                            file.add(shard)
-                    except Exception as caught:  # `_values` has collectives: finish them
-                        error = caught
-                if error is not None:
-                    raise error
-        except Exception as caught:  # raised by `chunks`, then on every rank
-            error = caught
-
-        def chunks() -> list[Written]:
-            if error is not None:
-                raise error
-            return file.written
-
-        return chunks
-
-    def _values(self) -> Iterator[Any]:
-        for entry in entries(self.student.bare.sharded_state_dict()).values():
-            if is_saved_here(entry):
-                yield from shards(entry)
-        yield from optimizer_values(self.student)
+    def _values(self, spans: Mapping[str, Span]) -> Iterator[Any]:
+        for name, entry in entries(self.student.bare.sharded_state_dict()).items():
+            assert entry.data is not None
+            if name in spans:
+                start, stop = spans[name]
+                yield from slice_shards(entry, spans[name], entry.data.view(-1)[start:stop])
+        yield from optimizer_values(self.student, spans)
         yield rank_row(_RANDOM, random_bytes())
 
     def load(self, folder: Path) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from megatron_vopd.files.atomic_file import (
 )
 from megatron_vopd.files.atomic_folder import (
     MANIFEST_NAME,
+    CheckHashes,
     remove_leftovers,
     verify_manifest,
     verify_sizes,
@@ -112,8 +113,11 @@ def saved_steps(run_dir: Path) -> list[int]:
     )
 
 
-def verify_checkpoint(folder: Path) -> int:
+def verify_checkpoint(folder: Path, check: CheckHashes | None = None) -> int:
     """Verify that every byte of a run's checkpoint is what was written; return its step.
+
+    Args:
+        check: checks the hashes, on all ranks (`run.verify`); None: on this one.
 
     Raises:
         FileError: naming the first file that differs, or why it is no such checkpoint.
@@ -121,7 +125,7 @@ def verify_checkpoint(folder: Path) -> int:
     if folder.is_symlink() or not folder.is_dir():
         raise FileError(f"{folder}: not a folder; give a step_N folder of a run's checkpoints")
     try:
-        manifest = verify_manifest(folder)
+        manifest = verify_manifest(folder, check)
     except OSError as error:
         raise FileError(f"{error.filename or folder}: {error.strerror}") from error
     if manifest is None:
@@ -135,13 +139,13 @@ def verify_checkpoint(folder: Path) -> int:
     return step
 
 
-def newest_valid(run_dir: Path) -> tuple[Path | None, list[str]]:
+def newest_valid(run_dir: Path, check: CheckHashes | None = None) -> tuple[Path | None, list[str]]:
     """Return the newest checkpoint that verifies, and a line about each newer one that does not."""
     refused: list[str] = []
     for step in saved_steps(run_dir):
         folder = step_dir(run_dir, step)
         try:
-            if verify_checkpoint(folder) == step:
+            if verify_checkpoint(folder, check) == step:
                 return folder, refused
             refused.append(f"{folder}: {MANIFEST_NAME} says another step; rename the folder back")
         except FileError as error:
@@ -176,7 +180,7 @@ def write_latest(run_dir: Path, step: int) -> None:
     replace(path, f"step_{step}\n")
 
 
-def make_room(run_dir: Path, step: int) -> tuple[bool, list[str]]:
+def make_room(run_dir: Path, step: int, check: CheckHashes | None = None) -> tuple[bool, list[str]]:
     """Make room for a checkpoint: a folder in its place that does not verify is set aside.
 
     Returns:
@@ -186,7 +190,7 @@ def make_room(run_dir: Path, step: int) -> tuple[bool, list[str]]:
     if not os.path.lexists(folder):
         return False, []
     try:
-        verify_checkpoint(folder)
+        verify_checkpoint(folder, check)
     except FileError as error:
         aside = folder.with_name(f"{folder.name}.damaged-{secrets.token_hex(4)}")
         os.rename(folder, aside)

@@ -10,6 +10,7 @@ import os
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from megatron_vopd.checkpoint.random_states import (
 )
 from megatron_vopd.collectives import all_ranks, rank_0
 from megatron_vopd.errors import UserError, refusal
+from megatron_vopd.files.atomic_folder import CheckHashes
 from megatron_vopd.hf.mapping import LayerSpec
 from megatron_vopd.megatron import transformer_engine
 from megatron_vopd.megatron.transformer_engine import OLDEST
@@ -34,6 +36,7 @@ from megatron_vopd.run.folder import (
     step_of,
     verify_checkpoint,
 )
+from megatron_vopd.run.verify import with_all_ranks
 
 _HEADER = "# The resolved configuration of a run of megatron_vopd.train.\n"
 
@@ -100,10 +103,13 @@ class Resume:
     remarks: tuple[str, ...]
 
 
-def choose(run_dir: Path, resume: str) -> Resume:
+def choose(run_dir: Path, resume: str, check: CheckHashes | None = None) -> Resume:
     """Return what `resume` (`auto`, `never`, a checkpoint folder) means for this run folder.
 
     A checkpoint of another run starts this one once; later starts resume from this run's.
+
+    Args:
+        check: checks the hashes of a checkpoint's files, as in `folder.verify_checkpoint`.
 
     Raises:
         UserError: steps were made here and no checkpoint of them verifies, or two runs would mix.
@@ -120,8 +126,8 @@ def choose(run_dir: Path, resume: str) -> Resume:
         return Resume(None, 0, ())
     given = None if resume == "auto" else Path(resume)
     if given is not None and given.resolve().parent == checkpoints_dir(run_dir).resolve():
-        return _own_checkpoint(given, steps)
-    chosen, refused = newest_valid(run_dir)
+        return _own_checkpoint(given, steps, check)
+    chosen, refused = newest_valid(run_dir, check)
     remarks = (*refused, *latest_remark(run_dir, chosen))
     if chosen is not None:
         if given is not None:
@@ -135,12 +141,12 @@ def choose(run_dir: Path, resume: str) -> Resume:
         )
     if given is None:
         return Resume(None, 0, remarks)
-    return Resume(given, verify_checkpoint(given), remarks)
+    return Resume(given, verify_checkpoint(given, check), remarks)
 
 
-def _own_checkpoint(given: Path, steps: list[int]) -> Resume:
+def _own_checkpoint(given: Path, steps: list[int], check: CheckHashes | None) -> Resume:
     """Return the start from a checkpoint of this very run, unless it has a newer one."""
-    step = verify_checkpoint(given)
+    step = verify_checkpoint(given, check)
     newer = [other for other in steps if other > step]
     if newer:
         raise UserError(
@@ -222,9 +228,9 @@ def resolved_layer_spec(asked: str, device: str) -> LayerSpec:
 
 
 def choose_resume(run_dir: Path, resume: str) -> Resume:
-    """Choose on rank 0 what to resume from; return it on every rank.
+    """Choose on rank 0 what to resume from, hashes checked by all; return it on every rank.
 
     Raises:
         UserError: on every rank.
     """
-    return rank_0(choose, run_dir, resume)
+    return with_all_ranks(partial(choose, run_dir, resume))

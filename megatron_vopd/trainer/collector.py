@@ -207,9 +207,9 @@ class RolloutCollector:
         return share_outcomes(own, self._device)
 
     def state_dict(self, policy_version: int) -> dict[str, Any]:
-        """Return positions in the data, and responses that are not yet trained on, as JSON values.
+        """Return positions in the data, and responses that are not yet trained on.
 
-        Waits for the generation in flight, if any.
+        JSON values, but for `TensorNumbers`. Waits for the generation in flight, if any.
         """
         self.settle(policy_version)
         ready = self._ready
@@ -365,7 +365,7 @@ class _Flight:
 
 
 def _values_of(graded: Graded) -> dict[str, Any]:
-    """Return JSON values that share the rollout's tuples: this runs before every step."""
+    """Return values that share the rollout's ids and log-probs: this runs before every step."""
     prompt = vars(graded.rollout.prompt)
     return {**vars(graded), "rollout": {**vars(graded.rollout), "prompt": prompt}}
 

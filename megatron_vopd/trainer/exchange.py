@@ -18,7 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_vopd.data.grading import Outcome
-from megatron_vopd.types import FinishReason, Prompt, Rollout
+from megatron_vopd.megatron.microbatch import as_tensor
+from megatron_vopd.types import FinishReason, Prompt, Rollout, TensorNumbers
 
 _HEADER = 6
 _FINISH: tuple[FinishReason, ...] = ("stop", "length")
@@ -38,7 +39,8 @@ def share_rollouts(
 ) -> list[Graded]:
     """Return the rollouts of all ranks, sorted by `order`, on every rank.
 
-    A collective of the whole world: two all-gathers of padded vectors, int64 and fp64.
+    A collective of the whole world: two all-gathers of padded vectors, int64 and fp64. Ids and
+    log-probs are `TensorNumbers`, parts of these vectors: a rank reads those that it needs.
 
     Args:
         own: rollouts of this rank, in any order; may be empty.
@@ -48,12 +50,11 @@ def share_rollouts(
         device: device of the vectors that are gathered.
     """
     integers, numbers = _encode(own)
-    all_integers = _gather(torch.tensor(integers, dtype=torch.int64, device=device))
-    all_numbers = _gather(torch.tensor(numbers, dtype=torch.float64, device=device))
+    all_integers, all_numbers = (_gather(part.to(device)) for part in (integers, numbers))
     shared = [
         graded
         for ints, floats in zip(all_integers, all_numbers, strict=True)
-        for graded in _decode(ints.tolist(), floats.tolist(), prompts, samples)
+        for graded in _decode(ints, floats, prompts, samples)
     ]
     return sorted(shared, key=lambda graded: graded.order)
 
@@ -78,35 +79,37 @@ def share_outcomes(own: Sequence[Graded], device: torch.device | str) -> list[Ou
     return [Outcome(grade, int(length), bool(cut)) for _, grade, length, cut in rows]
 
 
-def _encode(own: Sequence[Graded]) -> tuple[list[int], list[float]]:
-    """Flatten rollouts into integers and fp64 numbers, from which `_decode` rebuilds them."""
-    integers: list[int] = []
-    numbers: list[float] = []
+def _encode(own: Sequence[Graded]) -> tuple[Tensor, Tensor]:
+    """Flatten rollouts into int64 and fp64 numbers, from which `_decode` rebuilds them."""
+    integers, numbers = [torch.zeros(0, dtype=torch.int64)], [torch.zeros(0, dtype=torch.float64)]
     for graded in own:
         rollout = graded.rollout
         length, finish = len(rollout.response_ids), _FINISH.index(rollout.finish_reason)
         has_logprobs = int(rollout.rollout_logprobs is not None)
-        integers += [graded.order, rollout.sample, length, finish, rollout.policy_version]
-        integers += [has_logprobs, *rollout.response_ids]
-        numbers += [graded.grade, *(rollout.rollout_logprobs or ())]
-    return integers, numbers
+        header = (graded.order, rollout.sample, length, finish, rollout.policy_version)
+        integers.append(torch.tensor((*header, has_logprobs)))
+        integers.append(as_tensor(rollout.response_ids, torch.int64))
+        numbers.append(torch.tensor([graded.grade], dtype=torch.float64))
+        numbers.append(as_tensor(rollout.rollout_logprobs or (), torch.float64))
+    return torch.cat(integers), torch.cat(numbers)
 
 
 def _decode(
-    integers: list[int], numbers: list[float], prompts: Sequence[Prompt], samples: int
+    integers: Tensor, numbers: Tensor, prompts: Sequence[Prompt], samples: int
 ) -> list[Graded]:
-    """Rebuild the rollouts that one rank has encoded."""
+    """Rebuild the rollouts that one rank has encoded; ids and log-probs stay in the tensors."""
     found, at, number_at = [], 0, 0
     while at < len(integers):
-        order, sample, length, finish, version, has_logprobs = integers[at : at + _HEADER]
+        header = integers[at : at + _HEADER].tolist()
+        order, sample, length, finish, version, has_logprobs = header
         at += _HEADER
-        grade, logprobs = numbers[number_at], None
+        grade, logprobs = float(numbers[number_at]), None
         number_at += 1
         if has_logprobs:
-            logprobs = tuple(numbers[number_at : number_at + length])
+            logprobs = TensorNumbers(numbers[number_at : number_at + length])
             number_at += length
         prompt = prompts[order // samples]
-        ids = tuple(integers[at : at + length])
+        ids = TensorNumbers(integers[at : at + length])
         at += length
         rollout = Rollout(prompt, sample, ids, logprobs, _FINISH[finish], version)
         found.append(Graded(order, rollout, grade))

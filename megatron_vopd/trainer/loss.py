@@ -24,7 +24,7 @@ from torch import Tensor
 
 from megatron_vopd.errors import UserError
 from megatron_vopd.megatron.forward import forward_backward, response_hidden, run_row
-from megatron_vopd.megatron.microbatch import Microbatch, cp_shard
+from megatron_vopd.megatron.microbatch import Microbatch, Row, cp_shard
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.megatron.teacher import Teacher, student_shard
 from megatron_vopd.objectives import Objective, coefficients
@@ -70,7 +70,7 @@ class RowLoss:
         self.sums: Sums = {}
 
     def forward_backward(
-        self, replicas: Sequence[Sequence[Microbatch]], teacher_hidden: Sequence[Tensor]
+        self, replicas: Sequence[Sequence[Row]], teacher_hidden: Sequence[Tensor]
     ) -> None:
         """Fill zeroed gradient buffers with the gradients of the token mean; set the attributes.
 
@@ -81,7 +81,8 @@ class RowLoss:
         """
         student, at = self._student, self._student.groups.coordinates
         self.operator_seconds, self.sums = 0.0, {}
-        rows = [cp_shard(row, at.cp, student.groups.layout.cp) for row in replicas[at.dp]]
+        cp = student.groups.layout.cp
+        rows = [cp_shard(row.microbatch, at.cp, cp) for row in replicas[at.dp]]
         student.model.zero_grad_buffer()
         student.optimizer.zero_grad()
         inputs = zip(rows, teacher_hidden or repeat(None), strict=False)

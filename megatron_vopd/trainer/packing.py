@@ -1,9 +1,10 @@
 """Rollouts packed into microbatches: rows balanced by tokens over the student's data parallelism.
 
-Pure: the plan follows from the rollouts alone, so every rank that has the same rollouts computes
-the same plan. A sequence is never split over rows. All replicas get equally many microbatches; one
-that lacks sequences gets rows of filling alone, without response tokens, which add nothing to loss
-and gradient and keep collectives in step.
+Pure: the plan follows from the lengths alone, so every rank that has the same rollouts computes the
+same plan, at a cost that does not grow with tokens; a rank then builds the rows that it scores or
+trains, and no others. A sequence is never split over rows. All replicas get equally many
+microbatches; one that lacks sequences gets rows of filling alone, without response tokens, which
+add nothing to loss and gradient and keep collectives in step.
 
 A sequence enters as prompt + response without its last token: nothing is predicted from that one.
 The hidden state at row position `rows_T[t]` predicts `labels_T[t]`.
@@ -19,11 +20,19 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
 from megatron_vopd.errors import UserError
-from megatron_vopd.megatron.microbatch import FILLING_ID, Microbatch, PackingSettings, deal
+from megatron_vopd.megatron.microbatch import (
+    FILLING_ID,
+    Microbatch,
+    PackingSettings,
+    Row,
+    as_tensor,
+    deal,
+)
 from megatron_vopd.types import Rollout
 
 
@@ -31,8 +40,8 @@ def pack(
     rollouts: Sequence[Rollout],
     settings: PackingSettings,
     task_advantages: Sequence[float] | None = None,
-) -> list[list[Microbatch]]:
-    """Pack rollouts into the microbatches of each data-parallel replica.
+) -> list[list[Row]]:
+    """Plan the rows of each data-parallel replica.
 
     Rollouts without a response are left out. All sequences of a row have the same teacher.
 
@@ -42,8 +51,8 @@ def pack(
         task_advantages: one number per rollout, given to each of its tokens; None: no task reward.
 
     Returns:
-        One list per replica, all equally long, with at least one microbatch; tensors are on the
-        CPU, whole rows (not cut over cp).
+        One list per replica, all equally long, with at least one row. No token is looked at before
+        a row's `microbatch` is asked for.
 
     Raises:
         UserError: a sequence that does not fit into a row; a response without a prompt.
@@ -57,7 +66,7 @@ def pack(
         for indices in groups.values()
         for index in indices
     }
-    replicas: list[list[Microbatch]] = [[] for _ in range(settings.num_replicas)]
+    replicas: list[list[Row]] = [[] for _ in range(settings.num_replicas)]
     for teacher, indices in sorted(groups.items()) or [("", [])]:
         loads = [sizes[index] for index in indices]
         bins = balanced_bins(loads, settings.num_replicas, settings.max_tokens)
@@ -65,7 +74,10 @@ def pack(
         for own, dealt in zip(replicas, deal(totals, settings.num_replicas), strict=True):
             for position in dealt:
                 members = tuple(indices[i] for i in bins[position])
-                own.append(_row(rollouts, members, teacher, settings, task_advantages))
+                lengths = _lengths([sizes[index] for index in members], settings)
+                num_tokens = sum(len(rollouts[index].response_ids) for index in members)
+                build = partial(_build, rollouts, members, lengths, teacher, task_advantages)
+                own.append(Row(lengths, num_tokens, teacher, members, build))
     return replicas
 
 
@@ -90,10 +102,11 @@ def balanced_bins(loads: Sequence[int], multiple: int, capacity: int) -> list[li
     The heaviest load goes first, each into the lightest bin; as few bins as that allows.
 
     Args:
-        loads: sizes, none above `capacity`.
+        loads: sizes, none above `capacity`: no number of bins would do.
         multiple: the number of bins is a multiple of this.
         capacity: largest sum of a bin's loads.
     """
+    assert max(loads, default=0) <= capacity, f"a load of {max(loads)} in bins of {capacity}"
     rounds = max(1, math.ceil(sum(loads) / (multiple * capacity)))
     order = sorted(range(len(loads)), key=lambda i: (-loads[i], i))
     while True:
@@ -108,44 +121,52 @@ def balanced_bins(loads: Sequence[int], multiple: int, capacity: int) -> list[li
         rounds += 1
 
 
-def _row(
+def _lengths(sizes: Sequence[int], settings: PackingSettings) -> tuple[int, ...]:
+    """Return the lengths of a row's sequences, and of the filling behind them where there is any.
+
+    A row without sequences is filling alone.
+    """
+    multiple = settings.alignment * settings.segment
+    filling = -sum(sizes) % multiple or (0 if sizes else multiple)
+    return (*sizes, filling) if filling else tuple(sizes)
+
+
+def _build(
     rollouts: Sequence[Rollout],
     members: tuple[int, ...],
+    lengths: tuple[int, ...],
     teacher: str,
-    settings: PackingSettings,
     task_advantages: Sequence[float] | None,
 ) -> Microbatch:
     """Build the row of the rollouts at indices `members`; of filling alone without any."""
-    ids: list[int] = []
-    lengths, rows, labels = [], [], []
-    logprobs: list[float] = []
-    advantages: list[float] = []
-    for index in members:
-        rollout = rollouts[index]
-        prompt_ids, response_ids = rollout.prompt.ids, rollout.response_ids
-        first = len(ids) + len(prompt_ids) - 1
-        rows.extend(range(first, first + len(response_ids)))
-        labels.extend(response_ids)
-        ids.extend([*prompt_ids, *response_ids[:-1]])
-        size = len(prompt_ids) + len(response_ids) - 1
-        ids.extend([FILLING_ID] * (-size % settings.segment))
-        lengths.append(size + -size % settings.segment)
-        logprobs.extend(rollout.rollout_logprobs or [math.nan] * len(response_ids))
-        if task_advantages is not None:
-            advantages.extend([task_advantages[index]] * len(response_ids))
-    multiple = settings.alignment * settings.segment
-    filling = -len(ids) % multiple or (0 if ids else multiple)
-    if filling:
-        ids.extend([FILLING_ID] * filling)
-        lengths.append(filling)
+    ids_S = torch.full((sum(lengths),), FILLING_ID, dtype=torch.int64)
     sampled = any(rollouts[index].rollout_logprobs is not None for index in members)
+    none = torch.zeros(0, dtype=torch.int64)
+    rows, labels, logprobs, advantages = [none], [none], [none.float()], [none.float()]
+    start = 0
+    for index, length in zip(members, lengths, strict=False):
+        rollout = rollouts[index]
+        prompt_ids = torch.tensor(rollout.prompt.ids, dtype=torch.int64)
+        response_ids = as_tensor(rollout.response_ids, torch.int64)
+        first, size = start + len(prompt_ids) - 1, len(response_ids)
+        ids_S[start : first + 1] = prompt_ids
+        ids_S[first + 1 : first + size] = response_ids[:-1]
+        rows.append(torch.arange(first, first + size))
+        labels.append(response_ids)
+        if rollout.rollout_logprobs is None:
+            logprobs.append(torch.full((size,), math.nan))
+        else:
+            logprobs.append(as_tensor(rollout.rollout_logprobs, torch.float32))
+        if task_advantages is not None:
+            advantages.append(torch.full((size,), task_advantages[index]))
+        start += length
     return Microbatch(
-        torch.tensor(ids, dtype=torch.int64),
-        tuple(lengths),
-        torch.tensor(rows, dtype=torch.int64),
-        torch.tensor(labels, dtype=torch.int64),
-        torch.tensor(logprobs, dtype=torch.float32) if sampled else None,
-        None if task_advantages is None else torch.tensor(advantages, dtype=torch.float32),
+        ids_S,
+        lengths,
+        torch.cat(rows),
+        torch.cat(labels),
+        torch.cat(logprobs) if sampled else None,
+        None if task_advantages is None else torch.cat(advantages),
         teacher,
         members,
     )

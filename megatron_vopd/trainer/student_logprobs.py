@@ -42,7 +42,7 @@ def student_statistics(
     for rollout in rollouts:
         starts.append(starts[-1] + len(rollout.response_ids))
     flat = torch.zeros(2, starts[-1], dtype=torch.float64, device=student.options.device)
-    whole = pack(rollouts, student.packing(max_tokens))[at.dp]
+    whole = [row.microbatch for row in pack(rollouts, student.packing(max_tokens))[at.dp]]
     rows = [cp_shard(row, at.cp, groups.layout.cp) for row in whole]
     hidden = forward_hidden(student.model, groups, rows, student.options.device)
     shard = student_shard(student.facts, groups)

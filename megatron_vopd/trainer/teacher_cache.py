@@ -23,7 +23,7 @@ from torch import Tensor
 from megatron_vopd.collectives import all_ranks, sum_over_world
 from megatron_vopd.files.teacher_states import StateCache
 from megatron_vopd.megatron.groups import Groups
-from megatron_vopd.megatron.microbatch import Microbatch, cp_tokens
+from megatron_vopd.megatron.microbatch import Row, cp_tokens
 from megatron_vopd.megatron.teacher import Place, Replicas, Teacher, score
 from megatron_vopd.types import Rollout
 
@@ -132,7 +132,7 @@ def _agreed(
     return {i for i in keys if not counts[i]}
 
 
-def _spans(row: Microbatch, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, slice]]:
+def _spans(row: Row, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, slice]]:
     """Yield (index of the rollout, its slice of the row's tokens) for each response of a row."""
     start = 0
     for index in row.rollouts:
@@ -142,7 +142,7 @@ def _spans(row: Microbatch, rollouts: Sequence[Rollout]) -> Iterator[tuple[int, 
 
 
 def _filled(
-    row: Microbatch,
+    row: Row,
     computed_TD: Tensor,
     caches: Caches,
     keys: Mapping[int, str],
@@ -160,7 +160,7 @@ def _filled(
         if index in hits:
             read_TD[tokens] = cache.read(keys[index])
             is_read_T[tokens] = True
-    own = cp_tokens(row, student.coordinates.cp, student.layout.cp)
+    own = cp_tokens(row.microbatch, student.coordinates.cp, student.layout.cp)
     read_TD, is_read_T = read_TD[own], is_read_T[own]
     if bool(is_read_T.all()):
         return read_TD

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from megatron_vopd.collectives import StopFlag, first_reason
 from megatron_vopd.curriculum import Curriculum
 from megatron_vopd.errors import StopRequested
-from megatron_vopd.megatron.microbatch import Microbatch
+from megatron_vopd.megatron.microbatch import Row
 from megatron_vopd.megatron.student import Student, clip_gradients, learning_rate
 from megatron_vopd.megatron.teacher import Teacher
 from megatron_vopd.objectives import group_advantages
@@ -246,7 +246,7 @@ class Trainer:
         return mean_entropy(self.student, rollouts, longest, settings.temperature)
 
     def _scored(
-        self, rollouts: Sequence[Rollout], replicas: Sequence[Sequence[Microbatch]]
+        self, rollouts: Sequence[Rollout], replicas: Sequence[Sequence[Row]]
     ) -> list[torch.Tensor]:
         """Return the teachers' hidden states of this rank's rows, read from disk or computed."""
         groups, device = self.student.groups, self.student.options.device

@@ -9,9 +9,11 @@ from typing import Any
 
 import torch
 
-from megatron_vopd.checkpoint.optimizer import whole_tensors
+from megatron_vopd.checkpoint.optimizer import optimizer_values
 from megatron_vopd.checkpoint.random_states import random_bytes
-from megatron_vopd.collectives import StopFlag
+from megatron_vopd.checkpoint.sharded import entries
+from megatron_vopd.checkpoint.shares import saved_spans
+from megatron_vopd.collectives import StopFlag, from_all_ranks
 from megatron_vopd.curriculum import EntropyGatedLength
 from megatron_vopd.data.stream import PromptStream
 from megatron_vopd.megatron.groups import Groups, student_groups
@@ -122,14 +124,30 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def whole_state(made: Made) -> dict[str, str]:
-    """Hash parameters and moments by HF name, whatever the layout."""
+    """Hash parameters by HF name and Adam's state by key, whatever the layout."""
     student = made.student
-    shards = {"param": dict[str, torch.Tensor](student.bare.named_parameters())}
-    for name, kind, _, whole in whole_tensors(student):
-        shards.setdefault(kind, {})[name] = whole
-    found = {}
-    for kind, of_kind in shards.items():
-        spec = student.options.layer_spec
-        exported = export_tensors(of_kind, student.facts, student.groups, spec)
-        found |= {f"{kind} {name}": digest(tensor) for name, tensor in exported}
-    return found
+    parameters = dict[str, torch.Tensor](student.bare.named_parameters())
+    exported = export_tensors(parameters, student.facts, student.groups, student.options.layer_spec)
+    found = {f"param {name}": digest(tensor) for name, tensor in exported}
+    return found | {key: digest(tensor) for key, tensor in whole_optimizer(student).items()}
+
+
+def whole_optimizer(student: Student) -> dict[str, torch.Tensor]:
+    """Join what all ranks would save of Adam's state, by key, without padding of the vocabulary."""
+    spans = saved_spans(student, entries(student.bare.sharded_state_dict()))
+    parts: list[Any] = [
+        (part.key, part.global_shape, part.global_offset, part.prepend_axis_num, part.data)
+        for part in optimizer_values(student, spans)
+    ]
+    joined: dict[str, torch.Tensor] = {}
+    for key, shape, offset, axes, data in (
+        one for own in from_all_ranks(lambda: parts) for one in own
+    ):
+        whole = joined.setdefault(key, torch.full(tuple(shape), torch.nan))
+        sizes = (*(1 for _ in range(axes)), *data.shape)
+        whole[tuple(map(slice, offset, map(sum, zip(offset, sizes, strict=True))))] = data.view(
+            sizes
+        )
+    assert not [key for key, tensor in joined.items() if tensor.isnan().any()]
+    in_vocabulary = ("word_embeddings.weight", "output_layer.weight")
+    return {key: t[:VOCAB] if key.endswith(in_vocabulary) else t for key, t in joined.items()}

@@ -177,13 +177,13 @@ def test_no_bit_changes_over_layouts_and_optimizers(setup: Setup, tmp_path: Path
     for rank in spawn(_all_hops, 2, setup, tmp_path):
         for dtype, states in rank.items():
             first, *others = states
-            # Parameters and two moments of 25 tensors; in bf16 the fp32 copies as well.
-            assert len(first) > 60
+            # Parameters by layer; two moments of stacked layers; in bf16 the fp32 copies as well.
+            assert len(first) > 40
             changed = [sum(first[key] != other[key] for key in first) for other in others]
             print(f"\n{dtype}: {len(first)} tensors, changed at each hop: {changed}")
             assert changed == [0] * 5
             assert all(other.keys() == first.keys() for other in others)
-            assert len({first[key] for key in first if key.startswith("exp_avg_sq")}) > 20
+            assert len({first[key] for key in first if "exp_avg_sq" in key}) > 8
 
 
 class Counting(StopFlag):

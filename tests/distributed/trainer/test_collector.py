@@ -151,7 +151,7 @@ def _overlapped() -> Any:
         waits.append(time.perf_counter() - started)
         time.sleep(1.0 if step else 0.0)  # the training, meanwhile
         if step == 1:
-            state = json.loads(json.dumps(collector.state_dict(step)))
+            state = json.loads(json.dumps(collector.state_dict(step), default=list))
             collector._ready = None
             assert collector._prompts is not None
             collector._prompts.next(3)

@@ -287,10 +287,11 @@ def _context_parallel(setup: Setup, rollouts: list[Rollout]) -> list[int]:
     (rows,) = pack(rollouts, PackingSettings(1, 48, cp=2))
     counts = []
     # The teacher's replicas are one: both ranks have all of its states, to compare with.
-    whole = teacher.score(rows)
-    for row, full_TD, own_TD in zip(
+    whole = teacher.score([row.microbatch for row in rows])
+    for planned, full_TD, own_TD in zip(
         rows, whole, score({"teacher": teacher}, [rows], groups), strict=True
     ):
+        row = planned.microbatch
         tokens = cp_tokens(row, groups.coordinates.cp, 2)
         assert torch.equal(own_TD, full_TD[tokens])
         assert len(own_TD) == cp_shard(row, groups.coordinates.cp, 2).num_tokens

@@ -17,6 +17,7 @@ from megatron_vopd.data.prompts import (
     load_evaluation_prompts,
     load_prompts,
     load_training_prompts,
+    training_prompts,
 )
 from megatron_vopd.data.responses import load_responses, shortened
 from megatron_vopd.errors import UserError
@@ -194,11 +195,12 @@ def test_many_prompts_keep_their_ids(tmp_path: Path, plain: PromptTokenizer) -> 
 def test_training_stream_and_held_out(tmp_path: Path, chat: PromptTokenizer) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [{"prompt": f"p{i % 30}"} for i in range(40)])
     config = config_of(data__train=path)
-    read = load_training_prompts(config.data, chat, ["teacher"], False, 8, 3)
+    loaded = load_training_prompts(config.data, chat, ["teacher"], False)
+    read = training_prompts(loaded, 8, 3)
     assert len(read.held_out) == 8
     trained = {prompt.ids for prompt in read.stream.next(len(read.stream) * 2)}
     assert len(trained) == 22 and not trained & {prompt.ids for prompt in read.held_out}
-    everything = load_training_prompts(config.data, chat, ["teacher"], False, 0, 3)
+    everything = training_prompts(loaded, 0, 3)
     assert len(everything.stream) == 40 and not everything.held_out
 
 

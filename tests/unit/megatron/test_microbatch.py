@@ -22,7 +22,7 @@ def test_context_parallel_shards_cover_the_row_once(cp: int) -> None:
     settings = PackingSettings(1, 400, alignment=2, cp=cp)
     rollouts = random_rollouts(12, 5)
     (rows,) = pack(rollouts, settings, [1.0] * 12)
-    for row in rows:
+    for row in (planned.microbatch for planned in rows):
         shards = [cp_shard(row, rank, cp) for rank in range(cp)]
         chunks = [cp_chunks(row.lengths, rank, cp) for rank in range(cp)]
         assert sorted(torch.cat(chunks).tolist()) == list(range(len(row.ids_S)))
