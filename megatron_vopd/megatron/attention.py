@@ -56,6 +56,11 @@ class PackedRow(PackedSeqParams):
     problems: Problems | None = None
 
 
+def has_kernel(query: Tensor) -> bool:
+    """Return whether torch's variable-length attention takes it: flash attention, no fp32."""
+    return query.is_cuda and query.dtype in (torch.bfloat16, torch.float16)
+
+
 class CausalAttention(torch.nn.Module):
     """Causal attention over this rank's heads: dense [S, B, heads, d] or packed [T, heads, d].
 
@@ -105,7 +110,7 @@ class CausalAttention(torch.nn.Module):
             return mixed.permute(2, 0, 1, 3).flatten(2)
         problems = self._problems(packed_seq_params, query)
         key, value = gather_keys(key, value, problems, self._cp)
-        attend = self._attend_packed_cuda if query.is_cuda else self._attend_packed
+        attend = self._attend_packed_cuda if has_kernel(query) else self._attend_packed
         return attend(query, key, value, problems).flatten(1)
 
     def _problems(self, row: PackedRow, query: Tensor) -> Problems:
@@ -136,7 +141,7 @@ class CausalAttention(torch.nn.Module):
     def _attend_packed(
         self, query: Tensor, key: Tensor, value: Tensor, problems: Problems
     ) -> Tensor:
-        """Return the mixed values [T, heads, d], one problem after another."""
+        """Return the mixed values [T, heads, d], one problem after another, on any device."""
         queries = query.split(problems.num_queries)
         keys, values = (x.split(problems.num_keys) for x in (key, value))
         mixed = []

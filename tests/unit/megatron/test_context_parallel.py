@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention import varlen
 
+from megatron_vopd.megatron import attention as attention_module
 from megatron_vopd.megatron import context_parallel
 from megatron_vopd.megatron.attention import CausalAttention, packed_params
 from megatron_vopd.megatron.context_parallel import causal_problems
@@ -100,7 +101,7 @@ def on_ranks(lengths: list[int], cp: int, dtype: torch.dtype, cuda: bool) -> tup
             parts = (query[own], key[own], value[own])
             if cuda:
                 with (
-                    mock.patch.object(torch.Tensor, "is_cuda", True),
+                    mock.patch.object(attention_module, "has_kernel", lambda query: True),
                     mock.patch.object(varlen, "varlen_attn", varlen_by_definition),
                 ):
                     mixed = module(*parts, None, packed_seq_params=packed_params(lengths, CPU))
@@ -131,6 +132,28 @@ def test_attention_over_the_ranks(cp: int, cuda: bool) -> None:
     assert float((found - output).abs().max()) <= 1e-12
     for own, gradient in zip(own_gradients, gradients, strict=True):
         assert float((own - gradient).abs().max()) <= 1e-12
+
+
+@pytest.mark.parametrize(
+    ("dtype", "takes"), [(torch.float32, False), (torch.bfloat16, True), (torch.float16, True)]
+)
+def test_fp32_on_a_gpu_is_left_to_the_general_attention(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, takes: bool
+) -> None:
+    """torch's kernel for packed rows is flash attention, which refuses fp32."""
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    calls = []
+
+    def kernel(query: Tensor, *_: Any, **__: Any) -> Tensor:
+        calls.append(query.dtype)
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", kernel)
+    group = SimpleNamespace(rank=lambda: 0, size=lambda: 1)
+    module = CausalAttention(None, 1, pg_collection=SimpleNamespace(cp=group))
+    query, key, value, _ = (x.detach().to(dtype) for x in made([3, 5]))
+    module(query, key, value, None, packed_seq_params=packed_params([3, 5], CPU))
+    assert calls == [dtype] * takes
 
 
 @pytest.mark.parametrize(("dtype", "bar"), [(torch.float32, 2e-6), (torch.bfloat16, 5e-2)])
