@@ -1,4 +1,4 @@
-"""All ranks' events replayed together, each operation waiting for its partners: does every rank end?
+"""The events of all ranks replayed together: does every rank come to its end?
 
 Events are those of `recorded_world`. The rules are stricter than any backend's: a collective, and
 the making of a group, ends when all members have arrived at it; a batch of sends and receives when

@@ -16,13 +16,13 @@ from typing import Any
 
 from tests.support.harness import PR_SET_PDEATHSIG
 
-JOBS = 2
+JOBS = len(os.sched_getaffinity(0))
 
 
 def run_forked(
     function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], seconds: float = 300.0
 ) -> list[Any]:
-    """Return `function(*call)` of each call, made in a process of its own, two at a time.
+    """Return `function(*call)` of each call, made in a process of its own, one for each core.
 
     Args:
         function: of a module; it and its results must pickle.

@@ -103,9 +103,11 @@ def live(example: Example, folder: Path, rank: int) -> list[Event]:
 def _trainer(example: Example, student: Student, teacher: Teacher) -> tuple[Trainer, Pusher]:
     groups, dp = student.groups, example.student.dp
     engine = ScriptedEngine(VOCAB) if groups.is_leader else None
-    sequences = tuple(tuple(range(1, ROW + 2)) for _ in range(dp))
+    # Between stages all rows have one shape; without stages most replicas have nothing but filling.
+    few = dp if example.student.pp > 1 else 2
+    sequences = tuple(tuple(range(1, ROW + 2)) for _ in range(few))
     pusher = Pusher(student, engine, push.Probe(sequences, tolerance=1e9), ROW)
-    prompts = [Prompt(f"p{i}", (1, 2, i % VOCAB)) for i in range((1 + 2 * example.rows) * dp)]
+    prompts = [Prompt(f"p{i}", (1, 2, i % VOCAB)) for i in range(few + 2 * example.rows * dp)]
     settings = step_settings(
         objective=objective("vopd_full", chunk=4),
         num_prompts=dp * example.rows,
@@ -114,11 +116,11 @@ def _trainer(example: Example, student: Student, teacher: Teacher) -> tuple[Trai
         max_staleness=example.staleness,
         spike_factor=1e9,
     )
-    stream = PromptStream(prompts[dp:], seed=3)
+    stream = PromptStream(prompts[few:], seed=3)
     source = RolloutCollector(groups, engine, stream, settings, VOCAB, "cpu", push=pusher)
-    curriculum = EntropyGatedLength((RESPONSE,), interval=1)
+    curriculum = EntropyGatedLength((RESPONSE,), interval=2)
     parts = (student, {"teacher": teacher}, source, curriculum, settings)
-    return Trainer(*parts, held_out=prompts[:dp]), pusher
+    return Trainer(*parts, held_out=prompts[:few]), pusher
 
 
 @contextmanager
