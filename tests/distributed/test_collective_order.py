@@ -59,6 +59,7 @@ def test_every_rank_of_scaled_examples_ends(case: Example, tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("case", LARGE, ids=str)
 def test_every_rank_of_1024_ends(case: Example, tmp_path: Path) -> None:
     assert not problems(_lives(case, tmp_path, 3600.0))

@@ -36,12 +36,13 @@ def run_forked(
     with tempfile.TemporaryDirectory() as folder:
         parent = context.Process(target=_fork_all, args=(function, calls, folder))
         parent.start()
-        parent.join(seconds)
-        if parent.is_alive():
-            parent.kill()
+        try:
+            parent.join(seconds)
+        finally:
+            parent.kill()  # the calls end with it
         failed = Path(folder) / "failed"
         assert not failed.exists(), failed.read_text()
-        assert parent.exitcode == 0, f"{parent.exitcode} (None: not done after {seconds} s)"
+        assert not parent.exitcode, f"ended with {parent.exitcode}; -9: not done after {seconds} s"
         return [pickle.loads((Path(folder) / str(i)).read_bytes()) for i in range(len(calls))]
 
 
