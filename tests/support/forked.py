@@ -40,6 +40,7 @@ def run_forked(
             parent.join(seconds)
         finally:
             parent.kill()  # the calls end with it
+            parent.join()
         failed = Path(folder) / "failed"
         assert not failed.exists(), failed.read_text()
         assert not parent.exitcode, f"ended with {parent.exitcode}; -9: not done after {seconds} s"
