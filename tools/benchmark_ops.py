@@ -40,9 +40,10 @@ EXAMPLES = """\
   python tools/benchmark_ops.py --device cuda"""
 TOPK = 128
 BY_INPUT = f"statistics + top-{TOPK} by input"
-# Tokens, hidden size and vocabulary of the LM-head comparison on a GPU.
-LINEAR_CUDA = (8192, 4096, 151936)
+# Tokens, hidden size and vocabulary of the LM-head comparison.
+LINEAR_CPU, LINEAR_CUDA = (512, 1024, 32768), (8192, 4096, 151936)
 FAULT_FREE = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "100000000000"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INPUTS = ("gaussian", "zipf", "constant", "ascending", "ties")
 
 
@@ -146,9 +147,14 @@ def baseline_cases(
     return cases
 
 
-def linear_cases(device: str) -> dict[str, Callable[[], object]]:
-    """Return calls of the LM-head entrance, forward and backward, and of its four GEMMs alone."""
-    num_tokens, hidden_size, vocab_size = (512, 1024, 32768) if device == "cpu" else LINEAR_CUDA
+def linear_cases(device: str, largest: int) -> dict[str, Callable[[], object]]:
+    """Return calls of the LM-head entrance, forward and backward, and of its four GEMMs alone.
+
+    Args:
+        largest: the vocabulary has at most so many columns.
+    """
+    num_tokens, hidden_size, vocab_size = LINEAR_CPU if device == "cpu" else LINEAR_CUDA
+    vocab_size = min(vocab_size, largest)
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
     chunk = num_tokens // 2
     shapes = ((num_tokens, hidden_size), (vocab_size, hidden_size)) * 2
@@ -215,7 +221,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list]]:
     rows = slice(0, min(16, arguments.tokens))
     for kind in INPUTS:
         on_host = make_logits(kind, arguments.tokens, arguments.vocab)
-        x, y = (z.to(arguments.device) for z in on_host)
+        x, y = (z.to(arguments.device, DTYPES[arguments.dtype]) for z in on_host)
         assert_same_outputs(x[rows], y[rows], labels[rows])
         cases = operator_cases(x, y, labels)
         by_kind[kind] = cases[f"statistics + top-{TOPK}"]
@@ -226,7 +232,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list]]:
     results[BY_INPUT] = timed(by_kind, arguments.repeats, arguments.device)
     dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     few = max(3, arguments.repeats // 4)
-    results["linear"] = timed(linear_cases(arguments.device), few, arguments.device)
+    results["linear"] = timed(
+        linear_cases(arguments.device, arguments.vocab), few, arguments.device
+    )
     dist.destroy_process_group()
     return results
 
@@ -317,6 +325,7 @@ def main() -> None:
     add("--device", default="cpu", choices=("cpu", "cuda"))
     add("--tokens", type=int, metavar="T", help="rows of logits (default 256; cuda: 4096)")
     add("--vocab", type=int, metavar="V", default=151936, help="columns (default %(default)s)")
+    add("--dtype", default="fp32", choices=tuple(DTYPES), help="of the logits (default fp32)")
     add("--repeats", type=int, metavar="N", default=20, help="timed rounds (default %(default)s)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     folder = "folder of table and plot (default %(default)s)"
@@ -336,13 +345,15 @@ def main() -> None:
             "default malloc": in_child(own, {}),
         }
     date = datetime.datetime.now(datetime.UTC).date()
-    title = f"T={arguments.tokens}, V={arguments.vocab}, fp32; {machine(arguments.device)}; {date}"
+    sizes = f"T={arguments.tokens}, V={arguments.vocab}, {arguments.dtype}"
+    title = f"{sizes}; {machine(arguments.device)}; {date}"
     command = f"python tools/benchmark_ops.py {' '.join(own)}".strip()
     sections = [table(name, results) for name, results in runs.items()]
     text = "\n".join([f"## {title}", "", f"`{command}`", "", *sections])
     arguments.out.mkdir(parents=True, exist_ok=True)
-    (arguments.out / f"{arguments.device}.md").write_text(text)
-    write_plot(arguments.out / f"{arguments.device}.png", next(iter(runs.values())), title)
+    name = arguments.device + ("" if arguments.dtype == "fp32" else f"_{arguments.dtype}")
+    (arguments.out / f"{name}.md").write_text(text)
+    write_plot(arguments.out / f"{name}.png", next(iter(runs.values())), title)
     print(text)
 
 

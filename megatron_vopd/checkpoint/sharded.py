@@ -14,6 +14,7 @@ same: `megatron.core.dist_checkpointing.load` reads them.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
@@ -53,6 +54,8 @@ from megatron_vopd.hf.tensors import dtype_name
 STATE_NAME = "common.json"
 STATE_FORMAT = 1
 
+_EXTRA_STATE = re.compile(r"_extra_state[0-9]*")
+
 Entry = ShardedTensor | ShardedTensorFactory
 Slices = tuple[slice, ...]
 # Key, type, global shape, place: what rank 0 needs to know of a chunk that some rank wrote.
@@ -62,6 +65,9 @@ Written = tuple[str, str, tuple[int, ...], Chunk]
 def entries(sharded_state_dict: Mapping[str, Any], prefix: str = "") -> dict[str, Entry]:
     """List the tensors of a sharded state dict by local name, without `_extra_state` objects.
 
+    TransformerEngine's modules have such objects, grouped ones an `_extra_state{e}` of each expert;
+    they hold nothing without FP8.
+
     Raises:
         TypeError: another object than a tensor, which would have to be pickled.
     """
@@ -70,7 +76,7 @@ def entries(sharded_state_dict: Mapping[str, Any], prefix: str = "") -> dict[str
         path = f"{prefix}{name}"
         if isinstance(value, Mapping):
             found |= entries(value, f"{path}.")
-        elif isinstance(value, ShardedObject) and path.endswith("_extra_state"):
+        elif isinstance(value, ShardedObject) and _EXTRA_STATE.fullmatch(path.rpartition(".")[2]):
             continue
         elif isinstance(value, Entry):
             found[path] = value
@@ -179,6 +185,17 @@ def read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
+# What the local layers called the norm before experts up to version 0.1.0, and its name since.
+_FORMER_NORM, _PRESENT_NORM = "mlp.linear_fc1.layer_norm_weight", "pre_mlp_layernorm.weight"
+
+
+def _present_keys(tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Return the tensors by their present keys, in whichever version they were stored."""
+    if not any(key.endswith("mlp.router.weight") for key in tensors):
+        return dict(tensors)
+    return {key.replace(_FORMER_NORM, _PRESENT_NORM): value for key, value in tensors.items()}
+
+
 class CheckpointReader:
     """A checkpoint folder that fills shards, whatever layout wrote it. A context manager.
 
@@ -191,7 +208,7 @@ class CheckpointReader:
         self, folder: Path, skip_objects: bool = False, hashed: Collection[str] = ()
     ) -> None:
         self.folder = folder
-        self.tensors = read_index(folder, skip_objects)
+        self.tensors = _present_keys(read_index(folder, skip_objects))
         self._values = ChunkReader(folder, hashed)
 
     def __enter__(self) -> CheckpointReader:

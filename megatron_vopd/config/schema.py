@@ -88,7 +88,7 @@ class ParallelSection(Section):
     )
     backend: Literal["auto", "te", "local"] = Field(
         default="auto",
-        description="Layer implementation; `auto` takes TransformerEngine when importable.",
+        description="Layer implementation; `auto` takes TransformerEngine where installed.",
     )
     tp: Size = Field(default=1, description="Tensor-parallel size of the student.")
     pp: Size = Field(default=1, description="Pipeline-parallel size of the student.")

@@ -88,6 +88,8 @@ def build_model(
     if groups.is_last_stage and options.output == "hidden":
         model.output_layer.forward = _return_hidden
     _mark_parameters(model, facts, groups, options)
+    if options.layer_spec == "te" and options.trained:
+        _fuse_weight_gradients(model)
     if not options.trained:
         model.requires_grad_(False)
         model.eval()
@@ -116,6 +118,18 @@ def _mark_parameters(
         }
         for mark, value in marks.items():
             setattr(parameter, mark, value)
+
+
+def _fuse_weight_gradients(model: GPTModel) -> None:
+    """Let TransformerEngine's layers add weight gradients into `main_grad` themselves.
+
+    megatron-core's setting for it, `gradient_accumulation_fusion`, stays off: it would also ask its
+    own output layer for an extension of apex, without which that layer cannot be built. The head
+    needs none: the loss adds the head's gradient into `main_grad` itself.
+    """
+    for module in model.modules():
+        if hasattr(module, "fuse_wgrad_accumulation"):
+            module.fuse_wgrad_accumulation = cast(Any, True)
 
 
 def _return_hidden(input_: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
@@ -202,7 +216,7 @@ def _fusions(options: ModelOptions) -> dict[str, bool]:
     """Choose fused kernels, which come with TransformerEngine, or the local spec's plain ones."""
     fused = options.layer_spec == "te"
     return {
-        "gradient_accumulation_fusion": fused,
+        "gradient_accumulation_fusion": False,  # of TransformerEngine: `_fuse_weight_gradients`
         "bias_activation_fusion": fused,
         "bias_dropout_fusion": fused,
         "apply_rope_fusion": fused,
@@ -246,6 +260,10 @@ def _block_spec(
     )
     layer = cast(Any, spec.submodules)
     layer.input_layernorm = layer.pre_mlp_layernorm = RMSNorm
+    if facts.is_moe:
+        # Before experts the norm is a module of its own in TransformerEngine's layers too; only in
+        # dense ones is it a part of the first product. Checkpoints of both have the same keys.
+        layer.sharded_state_dict_keys_map.pop("pre_mlp_layernorm.")
     attention = layer.self_attention.submodules
     attention.core_attention = CausalAttention
     if facts.qk_norm:

@@ -39,25 +39,38 @@ class Kernels:
 
 
 @functools.cache
-def extension() -> ModuleType | None:
-    """Return the compiled module, or None where it was not built (only the reference exists)."""
+def _loaded() -> tuple[ModuleType | None, str]:
+    """Import the compiled module; return it, or None and why there is none."""
     try:
         module = importlib.import_module("megatron_vopd._C")
     except ModuleNotFoundError:
-        return None
+        return None, f"the extension is not built; {BUILD_REMEDY}"
+    except ImportError as error:  # compiled against another torch or Python, most often
+        reason = " ".join(str(error).split())
+        return None, f"the extension cannot be loaded ({reason}); {BUILD_REMEDY} again"
     importlib.import_module("megatron_vopd.ops.fake")
-    return module
+    return module, ""
+
+
+def extension() -> ModuleType | None:
+    """Return the compiled module, or None where it was not built or cannot be loaded."""
+    return _loaded()[0]
+
+
+def missing_kernels(device: str) -> str | None:
+    """Return why there are no compiled kernels for `device` ("cpu", "cuda"); None: there are."""
+    return _why_missing(device, torch.device(device), torch.float32)
 
 
 def build_info() -> dict[str, str]:
     """Return `isa` in use, `detected_isa`, `cuda_archs` ("" without CUDA) and `compiler`.
 
     Raises:
-        ValueError: the extension is not built.
+        ValueError: the extension is not built, or cannot be loaded.
     """
-    module = extension()
+    module, reason = _loaded()
     if module is None:
-        raise ValueError(f"the extension is not built; {BUILD_REMEDY}")
+        raise ValueError(reason)
     return module.build_info()
 
 
@@ -66,9 +79,9 @@ BUILD_REMEDY = "build it with `pip install --no-build-isolation -e .`"
 
 def _why_missing(name: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Return why the compiled kernels `name` (cpu, cuda) cannot take such logits, else None."""
-    module = extension()
+    module, reason = _loaded()
     if module is None:
-        return f"the extension is not built; {BUILD_REMEDY}"
+        return reason
     if device.type != name:
         return f"the tensors are on {device.type}; move them, or use impl='auto'"
     if name == "cuda" and not module.build_info()["cuda_archs"]:

@@ -39,6 +39,7 @@ from megatron_vopd.run.sources import Sources, load_sources
 from megatron_vopd.run.start import resolved_layer_spec
 from megatron_vopd.trainer.collector import Grader as GradeRollout
 from megatron_vopd.trainer.collector import RolloutCollector
+from megatron_vopd.trainer.loss import require_kernels
 from megatron_vopd.trainer.settings import StepSettings
 from megatron_vopd.trainer.trainer import Trainer
 from megatron_vopd.types import Rollout
@@ -112,6 +113,7 @@ def build(
     Raises:
         UserError: on every rank when one of them meets a mistake of the user.
     """
+    all_ranks(require_kernels, device)
     stop_ids = all_ranks(stop_ids_of, config.data.eos_contract, models)
     settings = step_settings(config, stop_ids, replay_dir)
     tokenizer = all_ranks(PromptTokenizer.of, models["student"].path, config.student)

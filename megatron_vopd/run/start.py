@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import cast
 
 import torch
 
@@ -21,6 +20,8 @@ from megatron_vopd.checkpoint.random_states import (
 from megatron_vopd.collectives import all_ranks, rank_0
 from megatron_vopd.errors import UserError, refusal
 from megatron_vopd.hf.mapping import LayerSpec
+from megatron_vopd.megatron import transformer_engine
+from megatron_vopd.megatron.transformer_engine import OLDEST
 from megatron_vopd.run.folder import (
     STATUS_NAME,
     checkpoints_dir,
@@ -191,14 +192,28 @@ def resolved_device(asked: str) -> str:
 
 
 def resolved_layer_spec(asked: str, device: str) -> LayerSpec:
-    """Return te or local for `parallel.backend`; raise ConfigError for what is missing."""
-    has_te = device == "cuda" and find_spec("transformer_engine") is not None
-    if asked == "te" and not has_te:
-        expected = "transformer_engine installed, and a GPU"
-        raise refusal("parallel.backend", "te", expected, "set parallel.backend=local")
-    if asked != "auto":
-        return cast(LayerSpec, asked)
-    return "te" if has_te else "local"
+    """Return te or local for `parallel.backend`.
+
+    Raises:
+        ConfigError: `te` without a GPU or TransformerEngine; `te` or `auto` with one that is
+            installed and cannot be used, for the reason in the line.
+    """
+    key, local = "parallel.backend", "set parallel.backend=local"
+    if asked == "local" or (asked == "auto" and device == "cpu"):
+        return "local"
+    if device == "cpu":
+        raise refusal(key, asked, "a GPU, which TransformerEngine needs", local)
+    expected = f"TransformerEngine {OLDEST} or newer"
+    engine = transformer_engine.found()
+    if engine.version is None:
+        if asked == "auto":
+            return "local"
+        raise refusal(key, f"{asked}, but TransformerEngine is not installed", expected, local)
+    problem = engine.problem or transformer_engine.megatron_problem()
+    if problem is not None:
+        got = f"{asked}, but TransformerEngine {engine.version} cannot be used: {problem}"
+        raise refusal(key, got, expected, f"install it again, or {local}")
+    return "te"
 
 
 def choose_resume(run_dir: Path, resume: str) -> Resume:

@@ -63,7 +63,9 @@ def run_on_ranks(action: Callable[[], int]) -> int:
 
     def joined() -> int:
         from megatron_vopd.megatron.groups import init_single_process, init_world
+        from megatron_vopd.megatron.transformer_engine import hide_if_broken
 
+        hide_if_broken()  # before megatron-core, which it would keep from being imported
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             init_world("cpu")
         else:

@@ -22,15 +22,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_vopd.errors import UserError
 from megatron_vopd.megatron.forward import forward_backward, response_hidden, run_row
 from megatron_vopd.megatron.microbatch import Microbatch, cp_shard
 from megatron_vopd.megatron.student import Student
 from megatron_vopd.megatron.teacher import Teacher, student_shard
 from megatron_vopd.objectives import Objective, coefficients
+from megatron_vopd.ops import native
 from megatron_vopd.trainer.metrics import add_sums, token_sums
 from megatron_vopd.vocab_parallel import Coefficients, DistillStats, linear_distill_loss
 
 Sums = dict[str, Tensor]
+
+
+def require_kernels(device: str) -> None:
+    """Refuse a device ("cpu", "cuda") for which the extension has no kernels.
+
+    Raises:
+        UserError: it was not built, not for CUDA, or cannot be loaded; the line says which.
+    """
+    missing = native.missing_kernels(device)
+    if missing is not None:
+        raise UserError(f"parallel.device: got {device}, expected kernels for it; {missing}")
 
 
 class RowLoss:

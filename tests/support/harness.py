@@ -50,9 +50,20 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     Args:
         fn: a module-level function; `args` and its result must pickle.
     """
+    multiprocessing.set_forkserver_preload(["tests.support.preload"])
+    return _run_world("forkserver", fn, world_size, args)
+
+
+def fork(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+    """Run as `spawn` does, on ranks forked from this process, with all that it has imported."""
+    return _run_world("fork", fn, world_size, args)
+
+
+def _run_world(
+    start_method: str, fn: Callable[..., Any], world_size: int, args: tuple[Any, ...]
+) -> list[Any]:
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     os.environ["OMP_NUM_THREADS"] = "1"
-    multiprocessing.set_forkserver_preload(["tests.support.preload"])
     with tempfile.TemporaryDirectory() as folder:
         # By file: tensors sent through the process pipe take a file descriptor each.
         (Path(folder) / "call").write_bytes(pickle.dumps((fn, args, COLLECTIVE_SECONDS)))
@@ -61,7 +72,7 @@ def spawn(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
             (world_size, folder),
             nprocs=world_size,
             join=False,
-            start_method="forkserver",
+            start_method=start_method,
         )
         assert world is not None
         _join(world)

@@ -74,7 +74,9 @@ def make(
         engine.update_weights([], policy_version)
 
     stream = PromptStream(PROMPTS, seed=3)
-    collector = RolloutCollector(groups, own, stream, settings, VOCAB, "cpu", push=push, stop=stop)
+    collector = RolloutCollector(
+        groups, own, stream, settings, VOCAB, setup.device, push=push, stop=stop
+    )
     curriculum = EntropyGatedLength((6, 9, 12), interval=2)
     teachers, held_out = setup.teachers(student), PROMPTS[:2]
     trainer = Trainer(
@@ -116,7 +118,7 @@ def raw_state(made: Made) -> dict[str, str]:
 
 def digest(tensor: torch.Tensor) -> str:
     flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
-    return hashlib.sha256(flat.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(flat.cpu().numpy().tobytes()).hexdigest()
 
 
 def whole_state(made: Made) -> dict[str, str]:
@@ -127,6 +129,7 @@ def whole_state(made: Made) -> dict[str, str]:
         shards.setdefault(kind, {})[name] = whole
     found = {}
     for kind, of_kind in shards.items():
-        exported = export_tensors(of_kind, student.facts, student.groups)
+        spec = student.options.layer_spec
+        exported = export_tensors(of_kind, student.facts, student.groups, spec)
         found |= {f"{kind} {name}": digest(tensor) for name, tensor in exported}
     return found

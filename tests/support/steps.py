@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_vopd.config.schema import OptimizerSection
+from megatron_vopd.hf.mapping import LayerSpec
 from megatron_vopd.megatron.groups import Groups, independent_groups
 from megatron_vopd.megatron.model import ModelOptions
 from megatron_vopd.megatron.student import Student, load_student
@@ -134,6 +135,12 @@ class Setup:
     recompute: Any = "none"
     offload: bool = False
     adam: Adam = field(default_factory=Adam)
+    device: str = "cpu"
+    layer_spec: LayerSpec = "local"  # "te": of student and teachers, in a world of support.te
+
+    @property
+    def _device(self) -> str:
+        return self.device if self.layer_spec == "local" else "cuda"
 
     def student(self, groups: Groups) -> Student:
         adam = self.adam
@@ -147,6 +154,8 @@ class Setup:
         )
         options = ModelOptions(
             dtype=self.dtype,
+            device=self._device,
+            layer_spec=self.layer_spec,
             sequence_parallel=self.case.sequence_parallel,
             recompute=self.recompute,
         )
@@ -160,7 +169,7 @@ class Setup:
                 groups,
                 student.facts,
                 student.groups,
-                ModelOptions(dtype=self.dtype),
+                ModelOptions(dtype=self.dtype, device=self._device, layer_spec=self.layer_spec),
                 self.offload,
             )
             for key, path in sorted(self.teacher_dirs.items())
@@ -212,14 +221,16 @@ def whole_gradients(student: Student) -> dict[str, torch.Tensor]:
                 own = bucket.grad_data.view(group.size(), -1)[group.rank()].clone()
                 dist.all_gather_into_tensor(bucket.grad_data, own, group=group)
     shards = {name: p.main_grad for name, p in student.bare.named_parameters()}
-    exported = export_tensors(shards, student.facts, student.groups)
+    spec = student.options.layer_spec
+    exported = export_tensors(shards, student.facts, student.groups, spec)
     return {name: tensor.clone() for name, tensor in exported}
 
 
 def whole_weights(student: Student) -> dict[str, torch.Tensor]:
     """Return weights by HF name, on every rank."""
     shards = dict(student.bare.named_parameters())
-    exported = export_tensors(shards, student.facts, student.groups)
+    spec = student.options.layer_spec
+    exported = export_tensors(shards, student.facts, student.groups, spec)
     return {name: tensor.clone() for name, tensor in exported}
 
 

@@ -23,9 +23,14 @@ class Child:
     """vLLM's LLM and the commands that the trainer gives it, by their names."""
 
     def __init__(self, connection: Connection, settings: dict[str, Any]) -> None:
-        # Without vLLM a checker takes the folder beside this file for it.
-        from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
-        from vllm.config import WeightTransferConfig  # pyright: ignore[reportMissingImports]
+        try:
+            # Without vLLM a checker takes the folder beside this file for it.
+            from vllm import LLM  # pyright: ignore[reportMissingImports, reportAttributeAccessIssue]
+            from vllm.config import WeightTransferConfig  # pyright: ignore[reportMissingImports]
+        except Exception as error:  # of a vLLM for another torch or CUDA, whatever that raises
+            reason = f"{type(error).__name__}: {error}"
+            remedy = "install it again, for the torch that is here"
+            raise ImportError(f"vLLM does not import ({reason}); {remedy}") from error
 
         from megatron_vopd.rollout.weights.vllm_plugin import register
 

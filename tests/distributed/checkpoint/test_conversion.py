@@ -13,6 +13,7 @@ import pytest
 import torch
 from megatron.core import dist_checkpointing
 
+from megatron_vopd.checkpoint.index import INDEX_NAME, index_bytes, read_index
 from megatron_vopd.checkpoint.sharded import CheckpointReader, entries, load_entries
 from megatron_vopd.hf.mapping import hf_tensors
 from tests.support.harness import spawn
@@ -149,6 +150,33 @@ def test_moe(case: Case, folders: dict[str, list[Path]]) -> None:
     size = case.layout.world_size
     results = spawn(_round_trip, size, case, folders["moe"], MOE_LAYOUTS[0])
     assert results == [(16, 8, 8)] * size
+
+
+def _former(case: Case, model_dir: Path) -> set[str]:
+    """On a rank: load a checkpoint under the keys of version 0.1.0; return those that differ."""
+    model, _ = build(str(model_dir), case, enter(case))
+    expected = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    folder = _checkpoint(model_dir, case)
+    stored = read_index(folder)
+    former = {
+        key.replace("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"): tensor
+        for key, tensor in stored.items()
+    }
+    (folder / INDEX_NAME).write_bytes(index_bytes(former))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.fill_(7)
+    _load_ours(model, folder)
+    (folder / INDEX_NAME).write_bytes(index_bytes(stored))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, expected[name]), name
+    return former.keys() - stored.keys()
+
+
+def test_the_former_key_of_the_norm_before_experts(folders: dict[str, list[Path]]) -> None:
+    """It is read still; TransformerEngine's layers never had it."""
+    (former,) = spawn(_former, 1, MOE_LAYOUTS[0], folders["moe"][0])
+    assert former == {"decoder.layers.mlp.linear_fc1.layer_norm_weight"}
 
 
 def _several_files(model_dir: Path, out: Path) -> list[str]:

@@ -129,6 +129,7 @@ USES = {
         ("parallel.backend=te",), ("parallel.backend", "set parallel.backend=auto")
     ),
     "no vLLM": Careless((), ("rollout.engine", "install")),
+    "no extension": Careless((), ("parallel.device: got cpu", "not built")),
     "a run already": Careless(("run.name=done",), ("run.name", "nothing can be resumed from")),
     "a folder of the user": Careless(("run.name=mine",), ("run.name", "mine/config.yaml")),
     "a file for a folder": Careless(("run.dir={root}/file",), ("run.dir", "file")),
@@ -167,8 +168,10 @@ def _all_uses(root: str, names: list[str]) -> Any:
     import torch.distributed as dist
     from megatron.core import parallel_state
 
+    from megatron_vopd.ops import native
     from megatron_vopd.run import start
 
+    loaded = native._loaded
     os.environ |= {
         "RANK": str(dist.get_rank()),
         "LOCAL_RANK": str(dist.get_rank()),
@@ -179,6 +182,8 @@ def _all_uses(root: str, names: list[str]) -> Any:
     for name in names:
         # The other uses are the same with and without vLLM, which none of them starts.
         start.find_spec = lambda _, has=name != "no vLLM": object() if has else None
+        is_missing = name == "no extension"
+        native._loaded = (lambda: (None, "it is not built")) if is_missing else loaded
         found[name] = _used(root, USES[name])
         if parallel_state.is_initialized():
             parallel_state.destroy_model_parallel()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.hf.mapping import hf_tensors, model_units, shard_parameters, shard_plan
 from megatron_vopd.types import Layout
-from tests.support import ROOT
 from tests.support.tiny_models import ARCHITECTURES, TinyModel, reference_tensors
 
 FACTS = ModelFacts(
@@ -35,17 +33,6 @@ FACTS_OF = {
         FACTS, model_type="qwen3_moe", num_experts=4, expert_ffn_size=40, experts_per_token=2
     ),
 }
-TE_FIXTURE = ROOT / "tests" / "fixtures" / "te_parameters.json"
-
-
-@pytest.mark.parametrize("model_type", sorted(FACTS_OF))
-def test_te_names_and_shapes(model_type: str) -> None:
-    """They equal a written-down list: TransformerEngine has not been run on it."""
-    fixture = json.loads(TE_FIXTURE.read_text())[model_type]
-    layout = Layout(max(fixture["tp"], fixture["ep"]), tp=fixture["tp"], ep=fixture["ep"])
-    plans = shard_parameters(FACTS_OF[model_type], layout, layout.coordinates(1), "te")
-    shapes = {name: list(plan.shape) for name, plan in plans.items()}
-    assert shapes == fixture["parameters"]
 
 
 @pytest.mark.parametrize("model_type", sorted(ARCHITECTURES))

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
+
 import pytest
 import torch
 
+from megatron_vopd.errors import UserError
 from megatron_vopd.ops import native, reference
+from megatron_vopd.trainer.loss import require_kernels
 
 CPU = torch.device("cpu")
 
@@ -106,3 +110,49 @@ def test_an_implementation_that_is_asked_for_and_missing_raises():
         native.resolve("cpu", CPU, torch.float64)
     assert native.resolve("auto", CPU, torch.float64).name == "reference"
     assert native.resolve("auto", CPU, torch.bfloat16).name == "cpu"
+
+
+@pytest.fixture
+def failing_import(monkeypatch):
+    """Return a function after which the extension's import raises the given error."""
+    original = importlib.import_module
+
+    def fail_with(error):
+        def import_module(name):
+            if name == "megatron_vopd._C":
+                raise error
+            return original(name)
+
+        native._loaded.cache_clear()
+        monkeypatch.setattr(importlib, "import_module", import_module)
+
+    yield fail_with
+    monkeypatch.undo()
+    native._loaded.cache_clear()
+
+
+def test_an_extension_that_is_not_built_is_named(failing_import):
+    failing_import(ModuleNotFoundError("No module named 'megatron_vopd._C'"))
+    assert native.extension() is None
+    with pytest.raises(UserError, match=r"parallel.device: got cpu.*is not built; build it with"):
+        require_kernels("cpu")
+
+
+def test_an_extension_that_cannot_be_loaded_says_why(failing_import):
+    """One that was compiled against another torch misses some of its symbols."""
+    failing_import(ImportError("_C.so: undefined symbol: _ZN3c104impl\n  (torch)"))
+    assert native.extension() is None
+    with pytest.raises(UserError) as error:
+        require_kernels("cpu")
+    line = str(error.value)
+    assert "\n" not in line and "cannot be loaded (_C.so: undefined symbol: _ZN3c104impl" in line
+    assert line.endswith("again")
+    with pytest.raises(ValueError, match="cannot be loaded"):
+        native.build_info()
+
+
+def test_kernels_for_a_gpu_are_asked_for_at_the_start(monkeypatch):
+    require_kernels("cpu")
+    monkeypatch.setattr(native.extension(), "build_info", lambda: {"cuda_archs": ""})
+    with pytest.raises(UserError, match="built without CUDA; rebuild with MEGATRON_VOPD_CUDA=1"):
+        require_kernels("cuda")

@@ -23,6 +23,7 @@ from megatron_vopd.rollout.vllm.local import LocalEngine
 from megatron_vopd.rollout.vllm.settings import LocalSettings
 from megatron_vopd.rollout.vllm.supervisor import session_pids
 from megatron_vopd.types import Prompt
+from tests.support import ROOT
 
 PROMPTS = [Prompt(f"data:{i}", (1, 2, 3)) for i in range(4)]
 SAMPLING = Sampling(max_tokens=5, samples=2)
@@ -162,3 +163,21 @@ def test_prompts_are_read_whole_on_a_cpu() -> None:
     assert on_cpu["enable_chunked_prefill"] is False
     on_gpu = LocalSettings("model", "log", 16, device="cuda").engine_arguments()
     assert "enable_chunked_prefill" not in on_gpu
+
+
+def test_a_vllm_that_does_not_import_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real child beside a vLLM for another torch: one line, before anything is sampled."""
+    (tmp_path / "vllm").mkdir()
+    library = "libcudart.so.12: cannot open shared object file"
+    (tmp_path / "vllm" / "__init__.py").write_text(f"raise ImportError({library!r})")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), str(ROOT)]))
+    engine = LocalEngine(LocalSettings("model", str(tmp_path / "log"), max_model_len=16))
+    with pytest.raises(EngineError) as error:
+        engine.update_weights(WEIGHTS, 0)
+    line = str(error.value)
+    assert line.startswith(
+        "engine, load: ImportError: vLLM does not import (ImportError: libcudart"
+    )
+    assert "install it again" in line and "\n" not in line
