@@ -247,9 +247,9 @@ def _own_group(members: list[list[int]]) -> dist.ProcessGroup:
     partition = tuple(sorted(tuple(sorted(ranks)) for ranks in members))
     if partition not in made:
         own = next(ranks for ranks in partition if rank in ranks)
-        made[partition] = dist.new_group(
-            list(own), timeout=_world_timeout(), use_local_synchronization=True
-        )
+        group = dist.new_group(list(own), timeout=_world_timeout(), use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup), f"rank {rank} is in no group of {own}"
+        made[partition] = group
     return made[partition]
 
 

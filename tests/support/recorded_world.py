@@ -112,7 +112,7 @@ class RecordedGroup(dist.ProcessGroup):
     """A process group of one process; see the module's text."""
 
     def __init__(self, recorder: Recorder, rank: int, size: int) -> None:
-        super().__init__(rank, size)
+        super().__init__(rank, size)  # pyright: ignore[reportCallIssue]
         self.recorder = recorder
         self.options = _Options()
 
@@ -155,7 +155,8 @@ class RecordedGroup(dist.ProcessGroup):
         output.view(self.size(), -1).copy_(own.clone().reshape(1, -1))
         return self._note("allgather", own)
 
-    all_gather_single = _allgather_base
+    def all_gather_single(self, *args: Any) -> Any:
+        return self._allgather_base(*args)
 
     def allgather_into_tensor_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], *_: Any
@@ -165,13 +166,15 @@ class RecordedGroup(dist.ProcessGroup):
                 self._allgather_base(output, own)
         return self._note("allgather", inputs)
 
-    all_gather_single_coalesced = allgather_into_tensor_coalesced
+    def all_gather_single_coalesced(self, *args: Any) -> Any:
+        return self.allgather_into_tensor_coalesced(*args)
 
     def _reduce_scatter_base(self, output: Tensor, whole: Tensor, *_: Any) -> Any:
         output.copy_(whole.reshape(self.size(), -1)[self.rank()].clone().view_as(output))
         return self._note("reduce_scatter", whole)
 
-    reduce_scatter_single = _reduce_scatter_base
+    def reduce_scatter_single(self, *args: Any) -> Any:
+        return self._reduce_scatter_base(*args)
 
     def reduce_scatter_tensor_coalesced(
         self, outputs: list[Tensor], inputs: list[Tensor], *_: Any
@@ -181,7 +184,8 @@ class RecordedGroup(dist.ProcessGroup):
                 self._reduce_scatter_base(output, whole)
         return self._note("reduce_scatter", inputs)
 
-    reduce_scatter_single_coalesced = reduce_scatter_tensor_coalesced
+    def reduce_scatter_single_coalesced(self, *args: Any) -> Any:
+        return self.reduce_scatter_tensor_coalesced(*args)
 
     def alltoall_base(
         self, output: Tensor, own: Tensor, received: Sequence[int], sent: Sequence[int], *_: Any

@@ -32,7 +32,7 @@ def _gradients(folder: str, case: Case, recompute: str) -> tuple[list[int], bool
     def noted(output: Any, is_on: bool = False) -> None:
         size = 0 if output is None else output.numel()
         free(output, is_on)
-        if size > 1 and output.numel() == 1:
+        if output is not None and size > 1 and output.numel() == 1:
             sizes.append(size)
 
     for is_on in (True, False):
