@@ -2,7 +2,9 @@
 
 The metadata of the package is in pyproject.toml; this file is only the extension. One variable
 decides about CUDA: MEGATRON_VOPD_CUDA = auto (default: when torch was built with CUDA and nvcc is
-there) | 0 (never) | 1 (required). No `-march=native`: instruction sets are chosen at run time.
+there) | 0 (never) | 1 (required). MEGATRON_VOPD_NVCC_FLAGS adds options for nvcc, to be timed, such
+as `-DMEGATRON_VOPD_THREADS=512 -DMEGATRON_VOPD_CTAS=1` (csrc/cuda/device.cuh). No `-march=native`:
+instruction sets are chosen at run time.
 """
 
 import os
@@ -62,12 +64,16 @@ def extension():
     device = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc/cuda").glob("*.cu"))
     archs = ",".join(CUDA_ARCHS)
     gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in CUDA_ARCHS]
+    more = os.environ.get("MEGATRON_VOPD_NVCC_FLAGS", "").split()
     return CUDAExtension(
         "megatron_vopd._C",
         [*sources, "csrc/bindings_cuda.cpp", *device],
         include_dirs=include_dirs,
         define_macros=[("MEGATRON_VOPD_CUDA_ARCHS", f'"{archs}"')],
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--expt-relaxed-constexpr", *gencode]},
+        extra_compile_args={
+            "cxx": flags,
+            "nvcc": ["-O3", "--expt-relaxed-constexpr", *gencode, *more],
+        },
     )
 
 

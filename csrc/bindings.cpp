@@ -168,6 +168,11 @@ TORCH_LIBRARY(megatron_vopd, library) {
         "logits_gradient_(Tensor(a!) student, Tensor teacher, Tensor labels, Tensor final,"
         " Tensor coefficients, int num_valid, float temperature, Tensor? topk_ids=None,"
         " Tensor? topk_taken=None, Tensor? topk_summary=None) -> ()");
+    // CUDA only: where a product takes bfloat16 operands and adds in fp32.
+    library.def(
+        "logits_gradient_narrow_(Tensor student, Tensor(a!) teacher, Tensor labels, Tensor final,"
+        " Tensor coefficients, int num_valid, float temperature, Tensor? topk_ids=None,"
+        " Tensor? topk_taken=None, Tensor? topk_summary=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(megatron_vopd, CPU, library) {

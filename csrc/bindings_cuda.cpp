@@ -24,13 +24,18 @@ void check_device(const at::Tensor& tensor, const char* name, const at::Tensor& 
                       " as the student, got ", tensor.device());
 }
 
+cuda::Dtype dtype_of(const at::Tensor& tensor) {
+    return tensor.scalar_type() == at::kFloat ? cuda::Dtype::f32 : cuda::Dtype::bf16;
+}
+
 cuda::Logits raw_logits(const at::Tensor& student, const at::Tensor& teacher,
                         const at::Tensor& labels, int64_t num_valid, double temperature) {
     check_device(teacher, "teacher", student);
     check_device(labels, "labels", student);
-    const auto dtype = student.scalar_type() == at::kFloat ? cuda::Dtype::f32 : cuda::Dtype::bf16;
+    TORCH_CHECK_VALUE(num_valid <= cuda::kMaxWidth, "num_valid: expected at most ", cuda::kMaxWidth,
+                      " on CUDA, got ", num_valid);
     return {student.data_ptr(),         teacher.data_ptr(), student.stride(0), teacher.stride(0),
-            labels.data_ptr<int64_t>(), num_valid,          temperature,       dtype};
+            labels.data_ptr<int64_t>(), num_valid,          temperature,       dtype_of(student)};
 }
 
 std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor> local_stats_cuda(
@@ -94,8 +99,24 @@ void write_gradient(const GradientTensors& call, const at::Tensor& out) {
     const c10::cuda::CUDAGuard guard(student.device());
     C10_CUDA_CHECK(cuda::logits_gradient(
         raw_logits(student, call.teacher, call.labels, call.num_valid, call.temperature),
-        call.arguments(), out.data_ptr(), out.stride(0), student.size(1), student.size(0),
-        c10::cuda::getCurrentCUDAStream()));
+        call.arguments(), {out.data_ptr(), out.stride(0), out.size(1), dtype_of(out)},
+        student.size(0), c10::cuda::getCurrentCUDAStream()));
+}
+
+// The gradient in bfloat16 over the teacher's fp32 logits, each row at the beginning of theirs.
+void logits_gradient_narrow(const at::Tensor& student, at::Tensor& teacher,
+                            const at::Tensor& labels, const at::Tensor& final_stats,
+                            const at::Tensor& coefficients, int64_t num_valid, double temperature,
+                            const std::optional<at::Tensor>& topk_ids,
+                            const std::optional<at::Tensor>& topk_taken,
+                            const std::optional<at::Tensor>& topk_summary) {
+    TORCH_CHECK_VALUE(teacher.scalar_type() == at::kFloat && teacher.dim() == 2 &&
+                          2 * teacher.size(1) >= student.size(-1) && !teacher.is_same(student),
+                      "teacher: expected float32 [tokens, >= ", (student.size(-1) + 1) / 2,
+                      "] in memory of its own, got ", teacher.scalar_type(), " ", teacher.sizes());
+    write_gradient({student, teacher, labels, final_stats, coefficients, num_valid, temperature,
+                    topk_ids, topk_taken, topk_summary},
+                   teacher.view(at::kBFloat16).slice(1, 0, student.size(1)));
 }
 
 }  // namespace
@@ -106,6 +127,7 @@ TORCH_LIBRARY_IMPL(megatron_vopd, CUDA, library) {
     library.impl("merge_topk", merge_topk_cuda);
     library.impl("logits_gradient", logits_gradient<write_gradient>);
     library.impl("logits_gradient_", logits_gradient_inplace<write_gradient>);
+    library.impl("logits_gradient_narrow_", logits_gradient_narrow);
 }
 
 }  // namespace megatron_vopd

@@ -50,10 +50,10 @@ MEGATRON_VOPD_HD bool contributes(double factor, double mass) {
     return mass != mass || (factor != 0 && mass != 0);
 }
 
-// The sums of `t` against the references (m, n), both at or above its own.
-MEGATRON_VOPD_HD Tuple shifted(const Tuple& t, double m, double n) {
+// The sums of `t` against the references (m, n), both at or above its own; a = e^-(m - t.m) and
+// b = e^-(n - t.n), or powers of 2 where logarithms in the tuple are to base 2.
+MEGATRON_VOPD_HD Tuple shifted_by(const Tuple& t, double m, double n, double a, double b) {
     const double alpha = m - t.m, beta = n - t.n, kappa = alpha - beta;
-    const double a = exp(-alpha), b = exp(-beta);
     Tuple out = empty_tuple();
     out.m = m;
     out.n = n;
@@ -74,6 +74,10 @@ MEGATRON_VOPD_HD Tuple shifted(const Tuple& t, double m, double n) {
     out.x_a = t.x_a;
     out.y_a = t.y_a;
     return out;
+}
+
+MEGATRON_VOPD_HD Tuple shifted(const Tuple& t, double m, double n) {
+    return shifted_by(t, m, n, exp(-(m - t.m)), exp(-(n - t.n)));
 }
 
 MEGATRON_VOPD_HD Tuple added(const Tuple& p, const Tuple& q) {

@@ -1,4 +1,7 @@
-"""The `vopd` command. A mistake of the user ends in one line per problem and exit status 2."""
+"""The `vopd` command. A mistake of the user ends in one line per problem and exit status 2.
+
+Each command imports what it needs when it runs: `vopd doctor` must work where a package is broken.
+"""
 
 from __future__ import annotations
 
@@ -9,22 +12,14 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-from rich.console import Console
-from rich.text import Text
+from typing import TYPE_CHECKING, Any
 
 from megatron_vopd import __version__
-from megatron_vopd.config import load_config
-from megatron_vopd.config.schema import Config
-from megatron_vopd.config.table import config_table_markdown
-from megatron_vopd.config.world import smallest_world
-from megatron_vopd.data.prompts import evaluation_problems
 from megatron_vopd.errors import MISTAKE, OK, ConfigError, Problem, UserError, shown
-from megatron_vopd.preflight.checks import preflight
-from megatron_vopd.preflight.show import print_config, print_memory, print_ranks
-from megatron_vopd.run.report import described, write_report
-from megatron_vopd.run.status import FINAL, clear, exit_code, run_dir_of
+from megatron_vopd.preflight.doctor.examine import add_doctor
+
+if TYPE_CHECKING:
+    from megatron_vopd.config.schema import Config
 
 _SETTINGS = "settings are section.key=value"
 
@@ -51,6 +46,14 @@ _EXIT_HELP = """\
 Read status.json of the run and exit with 0 (done), 75 (stopped and saved: start it again),
 93 (do not start it again) or 1 (crashed, killed, or did not begin). Takes the configuration and
 the settings that were given to the training command, and ignores that command's options."""
+
+_SERVERS_HELP = """\
+Print the command that starts each vLLM server of a run with rollout.engine=server: those of
+rollout.urls at one host, one command on a line. Model, type, context length, tensor parallelism,
+ports and GPUs are those of the configuration, so that servers and run cannot differ. The commands
+are for a shell; examples/servers/start.sh runs them. parallel.device=cpu gives servers without a
+GPU, any other value servers on GPUs.
+Exit status: 0, or 2 for a mistake."""
 
 _DEMO_HELP = """\
 From nothing to a distilled student in one command, on real parts and two cores without a GPU: makes
@@ -99,6 +102,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
         "  vopd check --help      more about it\n"
         "  vopd report RUN_DIR    curves of a run, as report.html\n"
         "  vopd exit-code CONFIG  how the run ended, for launch scripts\n"
+        "  vopd server-commands CONFIG  how to start the vLLM servers of a run\n"
+        "  vopd doctor            does the installation work, and how to mend it\n"
         "  vopd demo              see it all work, in about ten minutes",
         formatter_class=plain,
     )
@@ -117,6 +122,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     )
     reporting.add_argument("run_dir", metavar="RUN_DIR", help="folder of a run")
     _add_exit_code(commands)
+    _add_servers(commands)
+    add_doctor(commands)
     _add_demo(commands)
     table = commands.add_parser(
         "config-table",
@@ -137,13 +144,35 @@ def _add_exit_code(commands: Any) -> None:
     ending.set_defaults(
         run=lambda given: end_of_run(given.config, given.overrides, given.clear), takes=_SETTINGS
     )
-    ending.add_argument("config", metavar="CONFIG", help="as given to the training command")
-    ending.add_argument("overrides", metavar="section.key=value", nargs="*", default=[])
+    _take_config(ending, "as given to the training command")
     ending.add_argument(
         "--clear", action="store_true", help="before a start: forget how the last one ended"
     )
     # An option of the training command, which gets the same arguments.
     ending.add_argument("--dry-run", action="store_true", help=argparse.SUPPRESS)
+
+
+def _take_config(parser: argparse.ArgumentParser, meaning: str) -> None:
+    parser.add_argument("config", metavar="CONFIG", help=meaning)
+    setting = {"metavar": "section.key=value", "help": "settings that replace the file's"}
+    parser.add_argument("overrides", nargs="*", default=[], **setting)
+
+
+def _add_servers(commands: Any) -> None:
+    serving = commands.add_parser(
+        "server-commands",
+        help="print the commands that start a run's vLLM servers",
+        description=_SERVERS_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    serving.set_defaults(
+        run=lambda given: commands_of_servers(given.config, given.overrides, given.host),
+        takes=_SETTINGS,
+    )
+    _take_config(serving, "as given to the training command")
+    serving.add_argument(
+        "--host", default="127.0.0.1", help="servers of which host (default: %(default)s)"
+    )
 
 
 def _add_check(commands: Any) -> None:
@@ -158,14 +187,7 @@ def _add_check(commands: Any) -> None:
         run=lambda given: check(given.config, given.overrides, given.world_size, given.gpu_memory),
         takes=_SETTINGS,
     )
-    checking.add_argument("config", metavar="CONFIG", help="YAML file; see examples/")
-    checking.add_argument(
-        "overrides",
-        metavar="section.key=value",
-        nargs="*",
-        default=[],
-        help="settings that replace the file's",
-    )
+    _take_config(checking, "YAML file; see examples/")
     checking.add_argument(
         "--world-size",
         type=int,
@@ -220,6 +242,8 @@ def demo(options: argparse.Namespace) -> int:
 
 def config_table() -> int:
     """Print all settings as a Markdown table; returns the exit status."""
+    from megatron_vopd.config.table import config_table_markdown
+
     print(config_table_markdown(), end="")
     return OK
 
@@ -241,7 +265,15 @@ def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: f
         world_size: number of ranks; None: $WORLD_SIZE, else the fewest that the layouts need.
         gpu_memory: memory of one GPU, 10^9 bytes.
     """
-    console = _console()
+    from rich.text import Text
+
+    from megatron_vopd.config import load_config
+    from megatron_vopd.data.prompts import evaluation_problems, training_problems
+    from megatron_vopd.preflight.checks import preflight
+    from megatron_vopd.preflight.servers import server_line
+    from megatron_vopd.preflight.show import plain_console, print_config, print_memory, print_ranks
+
+    console = plain_console()
     try:
         config = load_config(path, overrides)
         num_ranks, reason = _world_size(config, world_size)
@@ -251,15 +283,43 @@ def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: f
     findings = preflight(config, num_ranks)
     if config.evaluates:
         findings.problems += evaluation_problems(config.data)
+    if config.has_rollouts:
+        needs_answer, teachers = config.objective.task_reward_weight > 0, list(config.teachers)
+        keys = [f"teachers.{name}" for name in teachers]
+        findings.problems += training_problems(config.data, keys, needs_answer)
     if findings.cuts:
         print_ranks(console, findings.cuts, num_ranks, reason)
     if not findings.problems and findings.cuts.keys() == findings.facts.keys():
         print_memory(console, config, findings, gpu_memory)
     for notice in findings.notices:
         console.print(Text(f"note: {notice}"), soft_wrap=True)
+    if config.has_engines and config.rollout.engine == "server":
+        line = server_line(config.rollout, config.max_engine_tokens)
+        console.print(Text(line), soft_wrap=True)
     if findings.problems:
         return _report(findings.problems)
     console.print(Text("no problems found", style="green"))
+    return OK
+
+
+def commands_of_servers(path: str, overrides: list[str], host: str) -> int:
+    """Print the commands that start the servers of a run at `host`; return the exit status.
+
+    Args:
+        path: YAML file.
+        overrides: `section.key=value` each.
+        host: host of URLs in `rollout.urls`, at which the servers will listen.
+    """
+    from megatron_vopd.config import load_config
+    from megatron_vopd.preflight.servers import server_commands
+
+    try:
+        config = load_config(path, overrides)
+        on_gpu, visible = config.parallel.device != "cpu", os.environ.get("CUDA_VISIBLE_DEVICES")
+        known = (config.max_engine_tokens, on_gpu, host, visible)
+        print("\n".join(server_commands(config.rollout, config.student.path, *known)))
+    except ConfigError as error:
+        return _report(error.problems)
     return OK
 
 
@@ -271,6 +331,8 @@ def end_of_run(path: str, overrides: list[str], is_clearing: bool) -> int:
         overrides: `section.key=value` each.
         is_clearing: remove the status of an earlier start instead; OK if that worked.
     """
+    from megatron_vopd.run.status import FINAL, clear, exit_code, run_dir_of
+
     try:
         run_dir = run_dir_of(path, overrides)
         if is_clearing:
@@ -286,6 +348,8 @@ def end_of_run(path: str, overrides: list[str], is_clearing: bool) -> int:
 
 def report(run_dir: str) -> int:
     """Write the report of a run, print its path and return the exit status."""
+    from megatron_vopd.run.report import described, write_report
+
     try:
         path, recorded = write_report(Path(run_dir))
     except UserError as error:
@@ -295,19 +359,6 @@ def report(run_dir: str) -> int:
         print(f"{run_dir}: the last metrics line is torn and left out", file=sys.stderr)
     print(f"{path}: {described(recorded)}")
     return OK
-
-
-def _console() -> Console:
-    """Make a console of plain text that never cuts lines unless the output is a terminal."""
-    is_terminal = sys.stdout.isatty()
-    return Console(
-        file=sys.stdout,
-        markup=False,
-        emoji=False,
-        highlight=False,
-        width=None if is_terminal else 10_000,
-        force_terminal=is_terminal,
-    )
 
 
 def _report(problems: Sequence[Problem]) -> int:
@@ -322,6 +373,8 @@ def _report(problems: Sequence[Problem]) -> int:
 
 def _world_size(config: Config, given: int | None) -> tuple[int, str]:
     """Return the number of ranks and where it comes from; raises ConfigError."""
+    from megatron_vopd.config.world import smallest_world
+
     if given is not None:
         return given, "--world-size"
     text = os.environ.get("WORLD_SIZE", "").strip()

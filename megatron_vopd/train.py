@@ -36,6 +36,7 @@ from megatron_vopd.errors import FAILED, INTERRUPTED, MISTAKE, OK, RunFailure, U
 from megatron_vopd.megatron.groups import init_world
 from megatron_vopd.run.begin import begin
 from megatron_vopd.run.dry_run import dry_run
+from megatron_vopd.run.environment import prepare_cuda, require_rank
 from megatron_vopd.run.loop import ending_noted, train
 from megatron_vopd.run.start import longest_wait_seconds, resolved_device
 
@@ -66,8 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _status(options: argparse.Namespace) -> int:
     """Run as asked and return the exit status; errors that a user can meet become one line."""
     try:
-        _require_torchrun()
+        require_rank(os.environ)
+    except UserError as error:
+        print(error, file=sys.stderr, flush=True)  # by each rank: which is the first is unknown
+        return MISTAKE
+    try:
         config = load_config(options.config, options.overrides)
+        prepare_cuda(config.parallel.tp, config.parallel.cp)
         device = resolved_device(config.parallel.device)
         init_world(device, longest_wait_seconds(config.rollout.deadline_seconds))
         (dry_run if options.dry_run else _train)(config, device)
@@ -117,15 +123,6 @@ def _interrupt(*_: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     raise KeyboardInterrupt
-
-
-def _require_torchrun() -> None:
-    missing = [name for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR") if name not in os.environ]
-    if missing:
-        raise UserError(
-            f"{missing[0]}: got nothing, expected the environment of a rank; start it with "
-            "torchrun --nproc-per-node N -m megatron_vopd.train CONFIG"
-        )
 
 
 def _train(config: Config, device: str) -> None:

@@ -21,6 +21,11 @@ from megatron_vopd.errors import LayoutError
 LOSS_CHUNK = 4096
 
 
+def sequence_multiple(cp: int) -> int:
+    """Return the tokens to whose multiple a sequence is filled up: two chunks per cp rank."""
+    return 2 * cp if cp > 1 else 1
+
+
 def divisors(number: int) -> list[int]:
     """Return all positive divisors of `number`, ascending."""
     return [d for d in range(1, number + 1) if number % d == 0]

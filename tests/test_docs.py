@@ -58,7 +58,7 @@ def test_the_readme_is_short_and_begins_with_what_matters() -> None:
     lines = text.splitlines()
     assert len(lines) <= 170 and len(text.split()) <= 1700
     first = "\n".join(lines[:40])
-    for needed in ("Eq. 10", "log q(a) - log p(a)", "docs/demo.png", "make demo", "[gpu]"):
+    for needed in ("Eq. 10", "log q(a) - log p(a)", "docs/demo.png", "make demo", "[gpu,engine]"):
         assert needed in first, needed
     for needed in ("vopd check", "-m megatron_vopd.train"):
         assert needed in first, needed

@@ -108,19 +108,27 @@ def operator_cases(
     def statistics(topk: int) -> Callable[[], object]:
         return lambda: kernels.local_stats(x, y, labels, vocab_size, 1.0, topk)
 
-    def gradient(at: int) -> Callable[[], object]:
+    def gradient(at: int, narrow: bool = False) -> Callable[[], object]:
         weights = torch.zeros(len(x), 5, dtype=torch.float64, device=x.device)
         weights[:, at] = 1
-        arguments = (x, y, labels, final, weights, vocab_size, 1.0)
-        return lambda: kernels.logits_gradient(*arguments)
+        arguments = (labels, final, weights, vocab_size, 1.0)
+        if narrow:
+            # Written over the teacher's logits: those of each call after the first are no numbers.
+            scratch = y.clone()
+            return lambda: kernels.logits_gradient_narrow_(x, scratch, *arguments)
+        return lambda: kernels.logits_gradient(x, y, *arguments)
 
-    return {
+    cases = {
         "statistics": statistics(0),
         f"statistics + top-{TOPK}": statistics(TOPK),
         "policy gradient": gradient(0),
         "reverse-KL gradient": gradient(1),
         "forward-KL gradient": gradient(2),
     }
+    if x.is_cuda:
+        cases["policy gradient in bf16, over the teacher"] = gradient(0, narrow=True)
+        cases["reverse-KL gradient in bf16, over the teacher"] = gradient(1, narrow=True)
+    return cases
 
 
 def baseline_cases(
@@ -186,6 +194,10 @@ def linear_cases(device: str, largest: int) -> dict[str, Callable[[], object]]:
 
     x, w = hidden.detach(), head.detach()
     logits = torch.empty(chunk, vocab_size, device=device)
+    gradient = logits
+    if device == "cuda":
+        # As the operator has it: bf16 rows, each at the beginning of a row of fp32.
+        gradient = torch.randn(chunk, 2 * vocab_size, device=device, dtype=dtype)[:, :vocab_size]
 
     def gemms() -> object:
         rows_gradient = torch.empty_like(x)
@@ -194,8 +206,8 @@ def linear_cases(device: str, largest: int) -> dict[str, Callable[[], object]]:
             rows = slice(start, start + chunk)
             linear.head_logits(teacher_hidden[rows], teacher_head, logits)
             linear.head_logits(x[rows], w, logits)
-            rows_gradient[rows] = linear.hidden_gradient(logits, w)
-            linear.add_weight_gradient(total, logits, x[rows])
+            rows_gradient[rows] = linear.hidden_gradient(gradient, w)
+            linear.add_weight_gradient(total, gradient, x[rows])
         return rows_gradient, total
 
     return {"LM-head entrance": entrance, "its GEMMs alone": gemms}

@@ -10,8 +10,19 @@
 
 namespace megatron_vopd::cuda {
 
-constexpr int kThreads = 512;
+// Threads of a CTA, and CTAs per SM that the registers must leave room for: the registers of a
+// thread times both are the occupancy. To be tried on a GPU, with benchmark_ops.py.
+#ifndef MEGATRON_VOPD_THREADS
+#define MEGATRON_VOPD_THREADS 256
+#endif
+#ifndef MEGATRON_VOPD_CTAS
+#define MEGATRON_VOPD_CTAS 3
+#endif
+constexpr int kThreads = MEGATRON_VOPD_THREADS;
+constexpr int kCtas = MEGATRON_VOPD_CTAS;
 constexpr int kWarps = kThreads / 32;
+static_assert(kThreads % 32 == 0 && kThreads <= 1024, "whole warps, one block");
+static_assert(kThreads * kCtas * 64 <= 65536, "with fewer than 64 registers the loops would spill");
 // References start here; padding is so far below that it has no mass at any temperature.
 constexpr float kLowestReference = -1.0e30f;
 constexpr float kPadding = -1.0e35f;
@@ -27,6 +38,13 @@ __device__ inline void from_float(float value, __nv_bfloat16* to) { *to = __floa
 __device__ inline float fast_exp2(float t) {
     float out;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(t));
+    return out;
+}
+
+// The larger number; NaN where one of them is NaN.
+__device__ inline float max_or_nan(float a, float b) {
+    float out;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(out) : "f"(a), "f"(b));
     return out;
 }
 
@@ -47,16 +65,28 @@ __device__ inline int misalignment(const T* row) {
 }
 
 // Blocks are laid on 16-byte boundaries: block b covers columns [b * kBlock - shift, ...) of the
-// row, and the first and last ones are partly outside of [0, num_valid).
-__device__ inline int64_t num_blocks(int64_t num_valid, int shift) {
-    return (num_valid + shift + kBlock - 1) / kBlock;
-}
+// row. Those in [whole_begin, whole_end) are inside of [0, num_valid); at most the first and the
+// last one are not.
+struct Blocks {
+    int num_valid, shift, count, whole_begin, whole_end;
+
+    __device__ Blocks(int64_t valid, int row_shift)
+        : num_valid(static_cast<int>(valid)),
+          shift(row_shift),
+          count((num_valid + shift + kBlock - 1) / kBlock),
+          whole_begin(shift > 0),
+          whole_end((num_valid + shift) / kBlock) {}
+
+    __device__ bool whole(int first, int last) const {
+        return first >= whole_begin && last < whole_end;
+    }
+};
 
 // The column of element i of this lane's group: fp32 takes two vectors of 4, 128 columns apart,
 // so that each load of the warp is contiguous; bf16 takes one vector of 8.
 template <typename T>
-__device__ inline int64_t group_column(int64_t block, int shift, int lane, int i) {
-    const int64_t base = block * kBlock - shift;
+__device__ inline int group_column(int block, int shift, int lane, int i) {
+    const int base = block * kBlock - shift;
     if constexpr (sizeof(T) == 4) {
         return base + (i / 4) * (kBlock / 2) + lane * 4 + i % 4;
     } else {
@@ -64,68 +94,37 @@ __device__ inline int64_t group_column(int64_t block, int shift, int lane, int i
     }
 }
 
-// This lane's group of a block as fp32, `padding` outside of the row. `vector`: the row has the
-// alignment that `shift` stands for.
-template <typename T>
-__device__ inline void load_group(const T* row, int64_t block, int shift, int lane,
-                                  int64_t num_valid, bool vector, float padding,
-                                  float (&out)[kGroup]) {
-    const bool inside = block * kBlock - shift >= 0 && (block + 1) * kBlock - shift <= num_valid;
-    if (vector && inside) {
-        if constexpr (sizeof(T) == 4) {
-            const float4 a =
-                *reinterpret_cast<const float4*>(row + group_column<T>(block, shift, lane, 0));
-            const float4 b =
-                *reinterpret_cast<const float4*>(row + group_column<T>(block, shift, lane, 4));
-            out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
-            out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
-        } else {
-            const uint4 raw =
-                *reinterpret_cast<const uint4*>(row + group_column<T>(block, shift, lane, 0));
-            const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+// This lane's group as fp32, by vectors; `from` is the group's first element.
+__device__ inline void load_vectors(const float* from, float (&out)[kGroup]) {
+    const float4 a = *reinterpret_cast<const float4*>(from);
+    const float4 b = *reinterpret_cast<const float4*>(from + kBlock / 2);
+    out[0] = a.x, out[1] = a.y, out[2] = a.z, out[3] = a.w;
+    out[4] = b.x, out[5] = b.y, out[6] = b.z, out[7] = b.w;
+}
+
+__device__ inline void load_vectors(const __nv_bfloat16* from, float (&out)[kGroup]) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                out[2 * i] = __uint_as_float(words[i] << 16);
-                out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
-            }
-        }
-        return;
-    }
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-        const int64_t column = group_column<T>(block, shift, lane, i);
-        out[i] = column >= 0 && column < num_valid ? to_float(row[column]) : padding;
+    for (int i = 0; i < 4; ++i) {
+        out[2 * i] = __uint_as_float(words[i] << 16);
+        out[2 * i + 1] = __uint_as_float(words[i] & 0xffff0000u);
     }
 }
 
-// Writes what load_group would read; columns outside of [0, num_valid) are left alone.
+// This lane's group of a block as fp32, `padding` outside of the row. `vector`: the row has the
+// alignment that `shift` stands for.
 template <typename T>
-__device__ inline void store_group(T* row, int64_t block, int shift, int lane, int64_t num_valid,
-                                   bool vector, const float (&value)[kGroup]) {
-    const bool inside = block * kBlock - shift >= 0 && (block + 1) * kBlock - shift <= num_valid;
-    if (vector && inside) {
-        if constexpr (sizeof(T) == 4) {
-            float* to = row + group_column<T>(block, shift, lane, 0);
-            *reinterpret_cast<float4*>(to) = make_float4(value[0], value[1], value[2], value[3]);
-            *reinterpret_cast<float4*>(to + kBlock / 2) =
-                make_float4(value[4], value[5], value[6], value[7]);
-        } else {
-            alignas(16) __nv_bfloat162 pairs[4];
-#pragma unroll
-            for (int i = 0; i < 4; ++i) {
-                pairs[i] = __floats2bfloat162_rn(value[2 * i], value[2 * i + 1]);
-            }
-            *reinterpret_cast<uint4*>(row + group_column<T>(block, shift, lane, 0)) =
-                *reinterpret_cast<const uint4*>(pairs);
-        }
+__device__ inline void load_group(const T* row, const Blocks& blocks, int block, int lane,
+                                  bool vector, float padding, float (&out)[kGroup]) {
+    if (vector && blocks.whole(block, block)) {
+        load_vectors(row + group_column<T>(block, blocks.shift, lane, 0), out);
         return;
     }
 #pragma unroll
     for (int i = 0; i < kGroup; ++i) {
-        const int64_t column = group_column<T>(block, shift, lane, i);
-        if (column >= 0 && column < num_valid) {
-            from_float(value[i], row + column);
-        }
+        const int column = group_column<T>(block, blocks.shift, lane, i);
+        out[i] = column >= 0 && column < blocks.num_valid ? to_float(row[column]) : padding;
     }
 }
 

@@ -1,54 +1,57 @@
 // The gradient at a shard's student logits: one CTA per token. The formula and its constants are
 // gradient_row() in distill_stats.h. The label and the top-k entries are computed in double before
-// the row is written (it may be written in place) and stored after it.
+// the row is written (over the student's row, or in bf16 over the teacher's) and stored after it.
 #include "cuda/device.cuh"
 
 namespace megatron_vopd::cuda {
 namespace {
 
-// Entries that one thread holds back: kMaxTopk of the list over kThreads, and the label.
-constexpr int kHeld = static_cast<int>(kMaxTopk) / kThreads + 1;
-
+// Elements of the row that are computed before it is written and stored after it (shared memory).
 struct Held {
-    int64_t id[kHeld];
-    float value[kHeld];
-    int count = 0;
-
-    __device__ void add(int64_t column, double element) {
-        id[count] = column;
-        value[count++] = static_cast<float>(element);
-    }
+    float listed[kMaxTopk];
+    float label;
+    bool label_is_listed;
 };
 
+// `listed[slot]` of the first `taken` entries of the list, and the label.
 template <typename T>
-__device__ Held special_elements(const Logits& logits, const GradientInputs& in,
-                                 const GradientRow& row, int64_t t, const T* x, const T* y) {
-    Held held;
+__device__ void hold_elements(const Logits& logits, const GradientInputs& in,
+                              const GradientRow& row, int64_t t, int64_t taken, const T* x,
+                              const T* y, Held& held) {
     const double* f = in.final_stats + t * kFinalSize;
     const double* c = in.coefficients + t * kCoefficients;
     const int64_t label = logits.labels[t];
-    const bool with_list = in.topk > 0 && c[4] != 0;
-    const int64_t taken = with_list ? in.topk_taken[t] : 0;
+    bool listed = false;
     for (int64_t slot = threadIdx.x; slot < taken; slot += kThreads) {
         const int64_t id = in.topk_ids[t * in.topk + slot];
         const double xv = to_float(x[id]), yv = to_float(y[id]);
-        held.add(id, gradient_element(xv, yv, id == label, f, c, row) +
-                         topk_element(xv, yv, in.topk_summary + t * kTopkSummary, c[4],
-                                      logits.temperature));
+        const double value =
+            gradient_element(xv, yv, id == label, f, c, row) +
+            topk_element(xv, yv, in.topk_summary + t * kTopkSummary, c[4], logits.temperature);
+        held.listed[slot] = static_cast<float>(value);
+        listed = listed || id == label;
     }
     // The label unless the list has it: then its entry above is the whole value.
-    if (label >= 0 && label < logits.num_valid) {
-        bool listed = false;
-        for (int i = 0; i < held.count; ++i) {
-            listed = listed || held.id[i] == label;
-        }
-        listed = __syncthreads_or(listed);
-        if (threadIdx.x == kThreads - 1 && !listed) {
-            held.add(label,
-                     gradient_element(to_float(x[label]), to_float(y[label]), true, f, c, row));
+    listed = __syncthreads_or(listed);
+    if (threadIdx.x == 0) {
+        held.label_is_listed = listed;
+        if (label >= 0 && label < logits.num_valid && !listed) {
+            held.label = static_cast<float>(
+                gradient_element(to_float(x[label]), to_float(y[label]), true, f, c, row));
         }
     }
-    return held;
+}
+
+template <typename Out>
+__device__ void store_elements(const Logits& logits, const GradientInputs& in, int64_t t,
+                               int64_t taken, const Held& held, Out* out) {
+    for (int64_t slot = threadIdx.x; slot < taken; slot += kThreads) {
+        from_float(held.listed[slot], out + in.topk_ids[t * in.topk + slot]);
+    }
+    const int64_t label = logits.labels[t];
+    if (threadIdx.x == 0 && label >= 0 && label < logits.num_valid && !held.label_is_listed) {
+        from_float(held.label, out + label);
+    }
 }
 
 // 1 - 2^-w for |w| < kSmallRatio.
@@ -84,74 +87,146 @@ __device__ inline float gradient_of(float x, float y, const GradientRow& row) {
     return value + (fabsf(w) < kSmallRatio ? p * ratio_below_one(w) : apart);
 }
 
-template <bool with_ratio, bool with_forward, typename T>
-__device__ void gradient_columns(const T* x, const T* y, T* out, int64_t num_valid,
-                                 const GradientRow& row) {
-    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-    const int shift = misalignment(x);
-    const bool y_vector = misalignment(y) == shift, out_vector = misalignment(out) == shift;
-    const int64_t blocks = num_blocks(num_valid, shift);
-    for (int64_t block = warp; block < blocks; block += kWarps) {
-        float vx[kGroup], vy[kGroup], value[kGroup];
-        load_group(x, block, shift, lane, num_valid, true, kPadding, vx);
-        if (with_ratio || with_forward) {
-            load_group(y, block, shift, lane, num_valid, y_vector, kPadding, vy);
-        }
-#pragma unroll
-        for (int i = 0; i < kGroup; ++i) {
-            const float teacher = with_ratio || with_forward ? vy[i] : 0;
-            value[i] = gradient_of<with_ratio, with_forward>(vx[i], teacher, row);
-        }
-        store_group(out, block, shift, lane, num_valid, out_vector, value);
-    }
+__device__ inline uint32_t bf16_pair(float low, float high) {
+    const __nv_bfloat162 pair = __floats2bfloat162_rn(low, high);
+    return *reinterpret_cast<const uint32_t*>(&pair);
+}
+
+// This lane's group of a whole block, by vectors; `to` is the group's first element. A gradient in
+// bf16 of fp32 logits takes their layout: two vectors of 4.
+template <typename T>
+__device__ inline void store_vectors(float* to, const float (&value)[kGroup]) {
+    *reinterpret_cast<float4*>(to) = make_float4(value[0], value[1], value[2], value[3]);
+    *reinterpret_cast<float4*>(to + kBlock / 2) =
+        make_float4(value[4], value[5], value[6], value[7]);
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    gradient_kernel(Logits logits, GradientInputs in, T* out, int64_t out_stride, int64_t width) {
+__device__ inline void store_vectors(__nv_bfloat16* to, const float (&value)[kGroup]) {
+    uint32_t words[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+        words[i] = bf16_pair(value[2 * i], value[2 * i + 1]);
+    }
+    if constexpr (sizeof(T) == 4) {
+        *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
+        *reinterpret_cast<uint2*>(to + kBlock / 2) = make_uint2(words[2], words[3]);
+    } else {
+        *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+    }
+}
+
+// Bytes on whose multiples the groups of `out` must begin for store_vectors.
+template <typename T, typename Out>
+__device__ inline bool vectors_fit(const Out* out, int shift) {
+    constexpr int bytes = sizeof(Out) < sizeof(T) ? 8 : 16;
+    return (reinterpret_cast<uintptr_t>(out) - shift * sizeof(Out)) % bytes == 0;
+}
+
+// Writes the columns of one row. over_teacher: `out` is the beginning of y's own memory, in an
+// element of half the size. A block then lies where y's block of half its number was, so all warps
+// must have read that one. They have if all have read turn j before any writes turn j, for
+// j = 0, 1, 3, 7, ...: what turn i writes over was read in turn (i + 1) / 2 or earlier.
+template <bool with_ratio, bool with_forward, bool over_teacher, typename T, typename Out>
+__device__ void gradient_columns(const T* x, const T* y, Out* out, const Blocks& blocks,
+                                 const GradientRow& row) {
+    constexpr bool with_teacher = with_ratio || with_forward;
+    const int warp = threadIdx.x / 32, lane = threadIdx.x % 32, shift = blocks.shift;
+    const bool y_vector = misalignment(y) == shift;
+    const bool vector = (!with_teacher || y_vector) && vectors_fit<T>(out, shift);
+    for (int turn = 0; turn * kWarps < blocks.count; ++turn) {
+        const int block = turn * kWarps + warp;
+        const bool whole = vector && blocks.whole(block, block);
+        const int column = group_column<T>(block, shift, lane, 0);
+        float vx[kGroup], vy[kGroup], value[kGroup];
+        if (whole) {
+            load_vectors(x + column, vx);
+            if (with_teacher) {
+                load_vectors(y + column, vy);
+            }
+        } else if (block < blocks.count) {
+            load_group(x, blocks, block, lane, true, kPadding, vx);
+            if (with_teacher) {
+                load_group(y, blocks, block, lane, y_vector, kPadding, vy);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < kGroup; ++i) {
+            value[i] = gradient_of<with_ratio, with_forward>(vx[i], with_teacher ? vy[i] : 0, row);
+        }
+        if (over_teacher && with_teacher && (turn & (turn + 1)) == 0) {
+            __syncthreads();
+        }
+        if (whole) {
+            store_vectors<T>(out + column, value);
+        } else if (block < blocks.count) {
+#pragma unroll
+            for (int i = 0; i < kGroup; ++i) {
+                const int at = group_column<T>(block, shift, lane, i);
+                if (at >= 0 && at < blocks.num_valid) {
+                    from_float(value[i], out + at);
+                }
+            }
+        }
+    }
+}
+
+template <typename T, typename Out>
+__global__ void __launch_bounds__(kThreads, kCtas)
+    gradient_kernel(Logits logits, GradientInputs in, Out* out, int64_t out_stride, int64_t width) {
+    constexpr bool over_teacher = sizeof(Out) < sizeof(T);
+    __shared__ Held held;
     const int64_t t = blockIdx.x;
     const T* x = static_cast<const T*>(logits.student) + t * logits.student_stride;
     const T* y = static_cast<const T*>(logits.teacher) + t * logits.teacher_stride;
-    T* to = out + t * out_stride;
-    const GradientRow row = gradient_row(in.final_stats + t * kFinalSize,
-                                         in.coefficients + t * kCoefficients, logits.temperature);
-    const Held held = special_elements(logits, in, row, t, x, y);
+    Out* to = out + t * out_stride;
+    const double* coefficients = in.coefficients + t * kCoefficients;
+    const GradientRow row =
+        gradient_row(in.final_stats + t * kFinalSize, coefficients, logits.temperature);
+    const bool with_list = in.topk > 0 && coefficients[4] != 0;
+    const int64_t taken = with_list ? in.topk_taken[t] : 0;
+    hold_elements(logits, in, row, t, taken, x, y, held);
     __syncthreads();
+    const Blocks blocks(logits.num_valid, misalignment(x));
     // Not != 0: a NaN coefficient must reach the result.
     const bool ratio = !(row.kr == 0), forward = !(row.kp == 0 && row.kq == 0);
     if (ratio && forward) {
-        gradient_columns<true, true>(x, y, to, logits.num_valid, row);
+        gradient_columns<true, true, over_teacher>(x, y, to, blocks, row);
     } else if (ratio) {
-        gradient_columns<true, false>(x, y, to, logits.num_valid, row);
+        gradient_columns<true, false, over_teacher>(x, y, to, blocks, row);
     } else if (forward) {
-        gradient_columns<false, true>(x, y, to, logits.num_valid, row);
+        gradient_columns<false, true, over_teacher>(x, y, to, blocks, row);
     } else {
-        gradient_columns<false, false>(x, y, to, logits.num_valid, row);
+        gradient_columns<false, false, over_teacher>(x, y, to, blocks, row);
     }
+    __syncthreads();
     for (int64_t column = logits.num_valid + threadIdx.x; column < width; column += kThreads) {
         from_float(0.0f, to + column);
     }
-    __syncthreads();
-    for (int i = 0; i < held.count; ++i) {
-        from_float(held.value[i], to + held.id[i]);
-    }
+    store_elements(logits, in, t, taken, held, to);
+}
+
+template <typename T, typename Out>
+void launch_gradient(const Logits& logits, const GradientInputs& in, const GradientOutput& out,
+                     int64_t num_tokens, cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>(num_tokens));
+    gradient_kernel<T, Out><<<grid, kThreads, 0, stream>>>(logits, in, static_cast<Out*>(out.data),
+                                                           out.stride, out.width);
 }
 
 }  // namespace
 
-cudaError_t logits_gradient(const Logits& logits, const GradientInputs& in, void* out,
-                            int64_t out_stride, int64_t width, int64_t num_tokens,
-                            cudaStream_t stream) {
+cudaError_t logits_gradient(const Logits& logits, const GradientInputs& in,
+                            const GradientOutput& out, int64_t num_tokens, cudaStream_t stream) {
     if (num_tokens == 0) {
         return cudaSuccess;
     }
-    const dim3 grid(static_cast<unsigned>(num_tokens));
-    if (logits.dtype == Dtype::f32) {
-        gradient_kernel<float><<<grid, kThreads, 0, stream>>>(logits, in, static_cast<float*>(out),
-                                                              out_stride, width);
+    if (logits.dtype == Dtype::bf16) {
+        launch_gradient<__nv_bfloat16, __nv_bfloat16>(logits, in, out, num_tokens, stream);
+    } else if (out.dtype == Dtype::f32) {
+        launch_gradient<float, float>(logits, in, out, num_tokens, stream);
     } else {
-        gradient_kernel<__nv_bfloat16><<<grid, kThreads, 0, stream>>>(
-            logits, in, static_cast<__nv_bfloat16*>(out), out_stride, width);
+        launch_gradient<float, __nv_bfloat16>(logits, in, out, num_tokens, stream);
     }
     return cudaGetLastError();
 }

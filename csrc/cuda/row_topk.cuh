@@ -55,21 +55,19 @@ __device__ int kth_largest(int64_t k, int* scratch, Count count) {
 template <typename T>
 struct TopkRow {
     const T* x;
-    int64_t num_valid;
-    int shift;
-    int64_t blocks;
+    Blocks blocks;
     const int* block_keys;
 
     // Calls visit(key, column) for this lane's columns of a block.
     template <typename Visit>
-    __device__ void visit_block(int64_t block, Visit visit) const {
+    __device__ void visit_block(int block, Visit visit) const {
         float values[kGroup];
         const int lane = threadIdx.x % 32;
-        load_group(x, block, shift, lane, num_valid, true, 0.0f, values);
+        load_group(x, blocks, block, lane, true, 0.0f, values);
 #pragma unroll
         for (int i = 0; i < kGroup; ++i) {
-            const int64_t column = group_column<T>(block, shift, lane, i);
-            if (column >= 0 && column < num_valid) {
+            const int column = group_column<T>(block, blocks.shift, lane, i);
+            if (column >= 0 && column < blocks.num_valid) {
                 visit(order_key(values[i]), column);
             }
         }
@@ -78,7 +76,7 @@ struct TopkRow {
     // The same for all blocks whose maximum is at least `bound`, spread over the warps.
     template <typename Visit>
     __device__ void visit_from(int bound, Visit visit) const {
-        for (int64_t block = threadIdx.x / 32; block < blocks; block += kWarps) {
+        for (int block = threadIdx.x / 32; block < blocks.count; block += kWarps) {
             if (block_keys[block] >= bound) {
                 visit_block(block, visit);
             }
@@ -93,13 +91,13 @@ __device__ int lower_bound(const TopkRow<T>& row, int64_t k, int* sample, int* c
                            int* scratch) {
     auto among_blocks = [&](int pivot) {
         int above = 0;
-        for (int64_t block = threadIdx.x; block < row.blocks; block += kThreads) {
+        for (int block = threadIdx.x; block < row.blocks.count; block += kThreads) {
             above += row.block_keys[block] >= pivot;
         }
         return above;
     };
-    int bound = row.blocks < k ? kLowestKey : kth_largest(k, scratch, among_blocks);
-    const int64_t few = min(row.blocks, (k + kBlock - 1) / kBlock + 2);
+    int bound = row.blocks.count < k ? kLowestKey : kth_largest(k, scratch, among_blocks);
+    const int64_t few = min(static_cast<int64_t>(row.blocks.count), (k + kBlock - 1) / kBlock + 2);
     const int floor = kth_largest(few, scratch, among_blocks);
     if (threadIdx.x == 0) {
         *counter = 0;
@@ -155,14 +153,14 @@ __device__ void append_ties(const TopkRow<T>& row, int bound, int wanted,
     if (threadIdx.x >= 32) {
         return;
     }
-    for (int64_t block = 0; block < row.blocks && wanted > 0; ++block) {
+    for (int block = 0; block < row.blocks.count && wanted > 0; ++block) {
         if (row.block_keys[block] < bound) {
             continue;
         }
-        const int64_t base = block * kBlock - row.shift;
+        const int base = block * kBlock - row.blocks.shift;
         for (int step = 0; step < kBlock / 32 && wanted > 0; ++step) {
-            const int64_t column = base + step * 32 + threadIdx.x;
-            const bool hit = column >= 0 && column < row.num_valid &&
+            const int column = base + step * 32 + threadIdx.x;
+            const bool hit = column >= 0 && column < row.blocks.num_valid &&
                              order_key(to_float(row.x[column])) == bound;
             const unsigned hits = __ballot_sync(0xffffffffu, hit);
             const int before = __popc(hits & ((1u << threadIdx.x) - 1));

@@ -15,10 +15,15 @@ __device__ void write_empty(double* packed) {
     }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) stats_kernel(Logits logits, LocalStats out) {
+// What a top-k over the largest shard takes of the 48 KiB that need no permission.
+static_assert(kScratch * sizeof(double) + sizeof(int) + kCandidates * sizeof(unsigned long long) +
+                  (kMaxColumns / kBlock + 2) * sizeof(int) <=
+              49152);
+
+template <typename T, bool with_topk>
+__global__ void __launch_bounds__(kThreads, kCtas) stats_kernel(Logits logits, LocalStats out) {
     extern __shared__ unsigned long long entries[];
-    __shared__ double scratch[kWarps];
+    __shared__ double scratch[kScratch];
     __shared__ int counter;
     const int64_t t = blockIdx.x;
     const T* x = static_cast<const T*>(logits.student) + t * logits.student_stride;
@@ -28,16 +33,29 @@ __global__ void __launch_bounds__(kThreads) stats_kernel(Logits logits, LocalSta
         write_empty(packed);
         return;
     }
-    int* block_keys = out.topk > 0 ? reinterpret_cast<int*>(entries + kCandidates) : nullptr;
-    row_stats(x, y, logits.labels[t], logits.num_valid, logits.temperature, block_keys, scratch,
-              packed);
-    if (out.topk > 0) {
-        const int shift = misalignment(x);
-        const TopkRow<T> row = {x, logits.num_valid, shift, num_blocks(logits.num_valid, shift),
-                                block_keys};
+    int* const block_keys = reinterpret_cast<int*>(entries + kCandidates);
+    const Blocks blocks(logits.num_valid, misalignment(x));
+    row_stats<with_topk>(x, y, logits.labels + t, blocks, logits.temperature, block_keys, scratch,
+                         packed);
+    if constexpr (with_topk) {
+        const TopkRow<T> row = {x, blocks, block_keys};
         const int64_t at = t * out.topk;
         row_topk(row, y, out.topk, entries, &counter, reinterpret_cast<int*>(scratch),
                  out.topk_student + at, out.topk_teacher + at, out.topk_ids + at);
+    }
+}
+
+template <typename T>
+void launch_stats(const Logits& logits, const LocalStats& out, int64_t num_tokens,
+                  cudaStream_t stream) {
+    const dim3 grid(static_cast<unsigned>(num_tokens));
+    if (out.topk > 0) {
+        // One block more than the columns need, for a row that starts off a boundary.
+        const size_t shared = kCandidates * sizeof(unsigned long long) +
+                              (logits.num_valid / kBlock + 2) * sizeof(int);
+        stats_kernel<T, true><<<grid, kThreads, shared, stream>>>(logits, out);
+    } else {
+        stats_kernel<T, false><<<grid, kThreads, 0, stream>>>(logits, out);
     }
 }
 
@@ -48,17 +66,10 @@ cudaError_t local_stats(const Logits& logits, const LocalStats& out, int64_t num
     if (num_tokens == 0) {
         return cudaSuccess;
     }
-    size_t shared = 0;
-    if (out.topk > 0) {
-        // One block more than the columns need, for a row that starts off a boundary.
-        shared = kCandidates * sizeof(unsigned long long) +
-                 (logits.num_valid / kBlock + 2) * sizeof(int);
-    }
-    const dim3 grid(static_cast<unsigned>(num_tokens));
     if (logits.dtype == Dtype::f32) {
-        stats_kernel<float><<<grid, kThreads, shared, stream>>>(logits, out);
+        launch_stats<float>(logits, out, num_tokens, stream);
     } else {
-        stats_kernel<__nv_bfloat16><<<grid, kThreads, shared, stream>>>(logits, out);
+        launch_stats<__nv_bfloat16>(logits, out, num_tokens, stream);
     }
     return cudaGetLastError();
 }

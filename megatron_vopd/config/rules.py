@@ -21,6 +21,7 @@ from megatron_vopd.config.method import (
 from megatron_vopd.config.paths import path_problems
 from megatron_vopd.config.schema import Config
 from megatron_vopd.errors import Problem, shown
+from megatron_vopd.types import sequence_multiple
 
 
 def _sampling(config: Config) -> Iterator[Problem]:
@@ -220,14 +221,17 @@ def _curriculum(config: Config) -> Iterator[Problem]:
             ("objective.prefix",),
         )
     longest = config.data.max_prompt_tokens + max(ladder)
-    if longest > config.train.max_tokens_per_microbatch:
+    if longest > config.max_sequence_tokens:
+        multiple = sequence_multiple(config.parallel.cp)
+        needed = longest + -longest % multiple
+        filled = f", a multiple of {multiple} for parallel.cp" if multiple > 1 else ""
         yield Problem(
             "train.max_tokens_per_microbatch",
             str(config.train.max_tokens_per_microbatch),
-            f">= {longest} (data.max_prompt_tokens {config.data.max_prompt_tokens} + longest "
-            f"response {max(ladder)}), since a sequence is never split",
-            f"set train.max_tokens_per_microbatch={longest}, or shorten prompts or the ladder",
-            ("curriculum.ladder", "data.max_prompt_tokens"),
+            f">= {needed} (data.max_prompt_tokens {config.data.max_prompt_tokens} + longest "
+            f"response {max(ladder)}{filled}), since a sequence is never split between rows",
+            f"set train.max_tokens_per_microbatch={needed}, or shorten prompts or the ladder",
+            ("curriculum.ladder", "data.max_prompt_tokens", "parallel.cp"),
         )
 
 
@@ -265,7 +269,16 @@ def _rollout(config: Config) -> Iterator[Problem]:
                 "close that network to everybody else, then set rollout.allow_remote=true",
                 ("rollout.allow_remote",),
             )
-    if rollout.max_staleness and rollout.engine == "local" and config.parallel.device != "cpu":
+    shares_gpus = rollout.engine == "local" and config.parallel.device != "cpu"
+    if shares_gpus and rollout.tp > 1:
+        yield Problem(
+            "rollout.tp",
+            str(rollout.tp),
+            "1 when an engine shares the GPU of its trainer",
+            "set rollout.tp=1, or use rollout.engine=server (or parallel.device=cpu)",
+            ("rollout.engine", "parallel.device"),
+        )
+    if shares_gpus and rollout.max_staleness:
         yield Problem(
             "rollout.max_staleness",
             str(rollout.max_staleness),
@@ -319,22 +332,13 @@ def _optimizer(config: Config) -> Iterator[Problem]:
 
 def _device(config: Config) -> Iterator[Problem]:
     parallel = config.parallel
-    involves = ("parallel.device", "parallel.backend")
     if parallel.backend == "te" and parallel.device == "cpu":
         yield Problem(
             "parallel.backend",
             "te",
             "local or auto on parallel.device=cpu (TransformerEngine needs a GPU)",
             "set parallel.backend=auto",
-            involves,
-        )
-    if parallel.cp > 1 and (parallel.backend == "local" or parallel.device == "cpu"):
-        yield Problem(
-            "parallel.cp",
-            str(parallel.cp),
-            "1 without TransformerEngine, which context parallelism needs",
-            "set parallel.cp=1, or use a GPU with parallel.backend=te",
-            involves,
+            ("parallel.device", "parallel.backend"),
         )
 
 

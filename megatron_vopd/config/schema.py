@@ -23,6 +23,7 @@ from megatron_vopd.config.types import (
     Text,
     invalid,
 )
+from megatron_vopd.types import sequence_multiple
 
 _EVALUATION_EXPECTED = "text, or a mapping of task names to text, or null"
 
@@ -93,7 +94,8 @@ class ParallelSection(Section):
     tp: Size = Field(default=1, description="Tensor-parallel size of the student.")
     pp: Size = Field(default=1, description="Pipeline-parallel size of the student.")
     cp: Size = Field(
-        default=1, description="Context-parallel size of the student (TransformerEngine)."
+        default=1,
+        description="Context-parallel size of the student: its ranks share every sequence.",
     )
     ep: Size = Field(default=1, description="Expert-parallel size of the student (MoE only).")
     sequence_parallel: bool = Field(
@@ -274,9 +276,27 @@ class Config(Section):
         return self.data.evaluation is not None and self.evaluation.interval > 0
 
     @property
+    def has_engines(self) -> bool:
+        """True if the run samples at all: to train, to be evaluated, or both."""
+        return self.has_rollouts or self.evaluates
+
+    @property
     def max_response_tokens(self) -> int:
         """Longest response that training can ask for, in tokens."""
         return self.curriculum.ladder[-1]
+
+    @property
+    def max_engine_tokens(self) -> int:
+        """Longest prompt and response together that an engine is asked for, in tokens."""
+        trained = self.max_response_tokens if self.has_rollouts else 0
+        evaluated = self.evaluation.max_tokens if self.evaluates else 0
+        return self.data.max_prompt_tokens + max(trained, evaluated)
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """Most tokens that prompt and response may have together to fit into a row."""
+        row = self.train.max_tokens_per_microbatch
+        return row - row % sequence_multiple(self.parallel.cp)
 
 
 def section_models() -> dict[str, type[Section]]:

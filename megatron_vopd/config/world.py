@@ -88,14 +88,4 @@ def _batch_problems(config: Config, world_size: int) -> list[Problem]:
                 f"set rollout.num_prompts={math.ceil(rollout.num_prompts / dp) * dp}",
             )
         )
-    shares_ranks = rollout.engine == "local" and config.parallel.device != "cpu"
-    if shares_ranks and world_size % rollout.tp:
-        problems.append(
-            Problem(
-                "rollout.tp",
-                str(rollout.tp),
-                f"a divisor of the {world_size} ranks that local engines share",
-                "lower rollout.tp, or use rollout.engine=server",
-            )
-        )
     return problems

@@ -31,6 +31,7 @@ from megatron_vopd.types import Prompt, is_local_path
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+FIRST_RECORDS = 1000
 _BATCH = 1000
 _COPY_TOKENIZER = "copy the tokenizer files of the model into its folder"
 _MAX_TEMPLATE_BYTES = 2**20
@@ -291,21 +292,57 @@ def evaluation_problems(data: DataSection) -> list[Problem]:
 
     Hub ids are not looked at.
     """
-    problems = []
-    for task, path in evaluation_paths(data.evaluation).items():
-        if not is_local_path(path):
-            continue
-        key, is_empty = f"data.evaluation.{task}", True
-        try:
-            for record in read_records(path, key, EVALUATION_SPLITS):
-                conversation_of(record, data.prompt_field)
-                answer_of(record, data.answer_field, True)
-                is_empty = False
-            if is_empty:
-                raise DataError(key, "no records", "at least one problem", "give a file with some")
-        except DataError as error:
-            problems.append(error.problem)
-    return problems
+    found = [
+        _first_problem(path, f"data.evaluation.{task}", data, EVALUATION_SPLITS)
+        for task, path in evaluation_paths(data.evaluation).items()
+    ]
+    return [problem for problem in found if problem is not None]
+
+
+def training_problems(
+    data: DataSection, teachers: Sequence[str], needs_answer: bool
+) -> list[Problem]:
+    """Find the first mistake in the beginning of a local `data.train`, without a tokenizer.
+
+    Only the first FIRST_RECORDS records are read, since a data set may have millions. A hub id is
+    not looked at.
+
+    Args:
+        teachers: keys of the configured teachers.
+        needs_answer: require a reference answer of every record.
+    """
+    if data.train is None:
+        return []
+    known = (data, TRAINING_SPLITS, teachers, needs_answer, FIRST_RECORDS)
+    problem = _first_problem(data.train, "data.train", *known)
+    return [] if problem is None else [problem]
+
+
+def _first_problem(
+    path: str,
+    key: str,
+    data: DataSection,
+    splits: Sequence[str],
+    teachers: Sequence[str] = (),
+    needs_answer: bool = True,
+    limit: int | None = None,
+) -> Problem | None:
+    """Return the first mistake among `limit` records (None: all) of a local data set."""
+    if not is_local_path(path):
+        return None
+    is_empty = True
+    try:
+        for record in itertools.islice(read_records(path, key, splits), limit):
+            conversation_of(record, data.prompt_field)
+            answer_of(record, data.answer_field, needs_answer)
+            if teachers:
+                teacher_of(record, data.teacher_field, teachers)
+            is_empty = False
+        if is_empty:
+            raise DataError(key, "no records", "at least one problem", "give a file with some")
+    except DataError as error:
+        return error.problem
+    return None
 
 
 def load_evaluation_prompts(data: DataSection, tokenizer: PromptTokenizer) -> dict[str, Prompts]:

@@ -113,6 +113,12 @@ def facts_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
                 f"expected {allowed[-1]!r}"
             )
     hidden, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ModelError(
+            f"{where}: num_attention_heads={heads} is no multiple of num_key_value_heads="
+            f"{kv_heads}; copy the model's original config.json"
+        )
     experts: dict[str, Any] = {}
     if ARCHITECTURES[model_type][2]:
         experts = {
@@ -127,7 +133,7 @@ def facts_from_config(config: Mapping[str, Any], where: str = "config.json") -> 
         hidden_size=hidden,
         ffn_size=config["intermediate_size"],
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
+        num_kv_heads=kv_heads,
         head_dim=config.get("head_dim") or _DEFAULT_HEAD_DIM.get(model_type) or hidden // heads,
         vocab_size=config["vocab_size"],
         max_positions=config["max_position_embeddings"],

@@ -17,6 +17,10 @@ from typing import Any
 from megatron_vopd.errors import shown
 from megatron_vopd.hf.facts import ModelError, ModelFacts, facts_from_config
 
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
 _MAX_TEXT_BYTES = 256 * 2**20
 _SAMPLE_BYTES = 2**20
 _LARGEST = 10**9
@@ -29,6 +33,8 @@ _SIZES = (
     "max_position_embeddings",
 )
 _OPTIONAL_SIZES = ("num_key_value_heads", "head_dim", "num_experts", "num_local_experts")
+# The rotary types that the model builder takes from transformers.
+_ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn", "longrope")
 _MOE_SIZES = ("moe_intermediate_size", "num_experts_per_tok")
 
 # Carried along by a conversion: text about the model. Weights, and anything else, are not.
@@ -105,6 +111,7 @@ def read_facts(where: str) -> tuple[ModelFacts, dict[str, Any]]:
     """Read facts and raw content of a config.json; raises ModelError naming file and key."""
     config = read_json(where)
     _check_sizes(config, where)
+    _check_rope(config, where)
     usual = {"rms_norm_eps": 1e-6, "hidden_act": "silu"}
     return facts_from_config({**usual, **config}, where), config
 
@@ -148,10 +155,33 @@ def _check_sizes(config: dict[str, Any], where: str) -> None:
             )
 
 
+def _rope(config: dict[str, Any]) -> Any:
+    return config.get("rope_scaling") or config.get("rope_parameters")
+
+
+def _check_rope(config: dict[str, Any], where: str) -> None:
+    rope = _rope(config)
+    if rope is None:
+        return
+    kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, dict) else None
+    if not isinstance(kind, str) or kind not in _ROPE_TYPES:
+        key = "rope_scaling" if config.get("rope_scaling") else "rope_parameters"
+        raise ModelError(
+            f"{where}: {key}={shown(rope)}; expected null, or a mapping with a rope_type of "
+            f"{', '.join(_ROPE_TYPES[:4])}: copy the model's original config.json"
+        )
+    stretched = isinstance(rope.get("factor"), int | float) and rope["factor"] > 1
+    if kind == "yarn" and stretched and rope.get("attention_factor") != 1 and "mscale" not in rope:
+        raise ModelError(
+            f"{where}: rope_type 'yarn' scales attention, which is not supported; use a model of "
+            f"rope_type {', '.join(_ROPE_TYPES[:4])}"
+        )
+
+
 def _context(config: dict[str, Any]) -> int:
     """Return max_position_embeddings, or more where RoPE scaling stretches the context."""
     positions = config["max_position_embeddings"]
-    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    rope = _rope(config)
     if not isinstance(rope, dict):
         return positions
     factor, original = rope.get("factor"), rope.get("original_max_position_embeddings")
@@ -220,6 +250,24 @@ def _chat_template(path: str) -> str | None:
             return file.read(_MAX_TEXT_BYTES)
     template = _read_optional(os.path.join(path, "tokenizer_config.json")).get("chat_template")
     return template if isinstance(template, str) else None
+
+
+def missing_files(path: str) -> list[str]:
+    """List what a run needs and the folder has not: weights by name, a tokenizer in any form.
+
+    Raises:
+        ModelError: an index of weights that is no readable JSON.
+    """
+    names = [SINGLE_NAME]
+    index = os.path.join(path, INDEX_NAME)
+    if os.path.isfile(index):
+        files = read_json(index).get("weight_map")
+        names = list(files.values()) if isinstance(files, dict) else []
+        names = sorted({name for name in names if is_plain_name(name)}) or [SINGLE_NAME]
+    missing = [name for name in names if not os.path.isfile(os.path.join(path, name))]
+    if not any(os.path.isfile(os.path.join(path, name)) for name in _TOKENIZERS):
+        missing.append(_TOKENIZERS[0])
+    return missing
 
 
 def _is_piece(entry: Any) -> bool:

@@ -12,11 +12,15 @@ from torch import Tensor
 
 from megatron_vopd.errors import shown
 from megatron_vopd.hf.facts import ModelError, ModelFacts, facts_from_config
-from megatron_vopd.hf.folder import is_plain_name, model_file, read_facts, read_json
+from megatron_vopd.hf.folder import (
+    INDEX_NAME,
+    SINGLE_NAME,
+    is_plain_name,
+    model_file,
+    read_facts,
+    read_json,
+)
 from megatron_vopd.hf.mapping import hf_tensors
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
 
 
 def dtype_name(dtype: torch.dtype) -> str:

@@ -14,9 +14,10 @@ from torch import Tensor
 from megatron_vopd.files.atomic_folder import Staging
 from megatron_vopd.hf.dtypes import DTYPES
 from megatron_vopd.hf.facts import ModelFacts
+from megatron_vopd.hf.folder import INDEX_NAME, SINGLE_NAME
 from megatron_vopd.hf.mapping import Unit, hf_shape, model_units
 from megatron_vopd.hf.source import ModelSource, carried_content, read_text_part
-from megatron_vopd.hf.tensors import INDEX_NAME, SINGLE_NAME, as_bytes, dtype_name
+from megatron_vopd.hf.tensors import as_bytes, dtype_name
 
 MAX_FILE_BYTES = 5 * 10**9
 

@@ -30,7 +30,7 @@ def run_row(model: Any, row: Microbatch, device: torch.device | str) -> Tensor:
     """Run a packed row through one stage; the last one returns hidden states [1, S (/ tp), D]."""
     ids_BS = row.ids_S[None].to(device)
     positions_BS = torch.arange(ids_BS.shape[1], device=device)[None]
-    bounds = packed_params(list(row.lengths), device)
+    bounds = packed_params(row.lengths, device)
     return model(ids_BS, positions_BS, None, packed_seq_params=bounds)
 
 

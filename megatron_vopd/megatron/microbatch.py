@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from megatron_vopd.types import sequence_multiple
+
 # Fills rows up; any id of the vocabulary would do, since no response token sees it.
 FILLING_ID = 0
 
@@ -49,7 +51,7 @@ class PackingSettings:
 
     Attributes:
         num_replicas: data-parallel replicas of the student.
-        max_tokens: longest row; a row may exceed it by less than `alignment`.
+        max_tokens: longest row; a row may exceed it by less than `alignment` x `segment`.
         alignment: rows are filled up to a multiple (tp under sequence parallelism).
         cp: context-parallel size of the student.
     """
@@ -62,7 +64,7 @@ class PackingSettings:
     @property
     def segment(self) -> int:
         """Tokens to whose multiple each sequence is filled up."""
-        return 2 * self.cp if self.cp > 1 else 1
+        return sequence_multiple(self.cp)
 
 
 def deal(loads: Sequence[int], num_hands: int) -> list[list[int]]:

@@ -31,6 +31,7 @@ from megatron_vopd.hf.facts import ModelFacts, frozen_sequence_parallel, kv_repe
 from megatron_vopd.hf.tensors import SafetensorsFolder, read_config
 from megatron_vopd.megatron.forward import forward_hidden
 from megatron_vopd.megatron.groups import Groups
+from megatron_vopd.megatron.host_copy import host_copies
 from megatron_vopd.megatron.microbatch import Microbatch, cp_tokens, deal, empty_row, filled_row
 from megatron_vopd.megatron.model import ModelOptions, build_model
 from megatron_vopd.megatron.weights import load_weights
@@ -137,10 +138,11 @@ class Teacher:
         """Drop the device's copy; the weights never change, so they are copied to the host once."""
         if not self._offload:
             return
-        for name, parameter in self._model.named_parameters():
-            if name not in self._host:
-                host = parameter.data.cpu()
-                self._host[name] = host.pin_memory() if parameter.is_cuda else host
+        parameters = dict(self._model.named_parameters())
+        if not self._host:
+            weights = {name: parameter.data for name, parameter in parameters.items()}
+            self._host = weights if self._device == "cpu" else host_copies(weights)
+        for name, parameter in parameters.items():
             parameter.data = self._host[name]
 
     def _to_device(self) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from megatron_vopd.ops.fields import (
     DistillStats,
 )
 from megatron_vopd.ops.native import Kernels
+from megatron_vopd.ops.reference import narrow_rows
 
 # Statistics with a gradient at the student's logits -> the coefficient they feed, and its sign.
 DIFFERENTIABLE = (
@@ -32,6 +33,8 @@ DIFFERENTIABLE = (
     ("entropy_T", "entropy", 1.0),
     ("topk_reverse_kl_T", "topk", 1.0),
 )
+# Where a gradient is written.
+Destination = Literal["new", "student", "teacher"]
 STATISTICS = tuple(DistillStats.__dataclass_fields__)[:-1]
 
 
@@ -153,13 +156,14 @@ def student_gradient(
     merged: MergedStats,
     coefficients: Tensor,
     problem: Problem,
-    in_place: bool = False,
+    into: Destination = "new",
 ) -> Tensor:
-    """Return the gradient at this rank's student logits, in their shape and dtype; no exchange.
+    """Return the gradient at this rank's student logits, in their shape; no exchange.
 
     Args:
         coefficients: [T, 5] fp64 in the order of `fields.COEFFICIENTS`.
-        in_place: write over `student`, a buffer that the caller made, and return it.
+        into: "new": a tensor of the logits' dtype; "student": written over `student`, a buffer
+            that the caller made; "teacher": in bfloat16 over `teacher` (fp32), likewise.
     """
     kernels = problem.kernels
     arguments = (
@@ -174,10 +178,13 @@ def student_gradient(
         merged.taken,
         merged.summary,
     )
-    if not in_place:
+    if into == "new":
         return kernels.logits_gradient(*arguments)
-    kernels.logits_gradient_(*arguments)
-    return student
+    if into == "student":
+        kernels.logits_gradient_(*arguments)
+        return student
+    kernels.logits_gradient_narrow_(*arguments)
+    return narrow_rows(teacher, student.shape[1])
 
 
 def stack_coefficients(coefficients: Coefficients) -> Tensor:

@@ -53,6 +53,7 @@ def _logits_gradient(student: Tensor, *_: Any) -> Tensor:
     return student.new_empty(student.shape)
 
 
+@torch.library.register_fake("megatron_vopd::logits_gradient_narrow_")
 @torch.library.register_fake("megatron_vopd::logits_gradient_")
 def _logits_gradient_in_place(student: Tensor, *_: Any) -> None:
     return None

@@ -1,8 +1,8 @@
 """The LM heads inside the loss: token chunks, fp32 logits, and no [T, V] that outlives its chunk.
 
 For each chunk: both heads' logits (this rank's columns), statistics with their one exchange, the
-objective's coefficients, and then either the gradient at once, written over the student's logits
-and multiplied out (``grad_in_forward``, legal because every coefficient belongs to one token), or
+objective's coefficients, and then either the gradient at once, written over one model's logits and
+multiplied out (``grad_in_forward``, legal because every coefficient belongs to one token), or
 nothing (``recompute``: the backward makes the logits again, without another exchange). One autograd
 Function holds the loop: a Function per chunk would keep every chunk's logits alive.
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from megatron_vopd.ops.autograd import (
+    Destination,
     MergedStats,
     Problem,
     merged_stats,
@@ -29,7 +30,7 @@ from megatron_vopd.ops.autograd import (
 )
 from megatron_vopd.ops.fields import Coefficients, DistillStats
 
-# Rows of the weight at a time where a GEMM needs an fp32 copy (CPU) or an fp32 sum (CUDA) of them.
+# Rows of the weight at a time where a GEMM needs an fp32 copy of them (CPU).
 BLOCK_ROWS = 4096
 
 
@@ -84,12 +85,6 @@ def _row_blocks(num_rows: int) -> Iterator[slice]:
         yield slice(start, min(start + BLOCK_ROWS, num_rows))
 
 
-def narrowed(gradient_TV: Tensor, dtype: torch.dtype, scratch_TV: Tensor) -> Tensor:
-    """Return the gradient in `dtype`, written over `scratch_TV`, which is no longer needed."""
-    low = scratch_TV.view(-1).view(dtype)[: gradient_TV.numel()].view(gradient_TV.shape)
-    return low.copy_(gradient_TV)
-
-
 def hidden_gradient(gradient_TV: Tensor, weight_VD: Tensor) -> Tensor:
     """Return gradient @ weight, [T, D] in fp32 or wider; the gradient may be narrower."""
     weight = weight_VD[: gradient_TV.shape[1]]
@@ -106,12 +101,21 @@ def hidden_gradient(gradient_TV: Tensor, weight_VD: Tensor) -> Tensor:
 def add_weight_gradient(total_VD: Tensor, gradient_TV: Tensor, hidden_TD: Tensor) -> None:
     """Add gradient.T @ hidden to total[:width], in `total`'s dtype, without another [V, D]."""
     target = total_VD[: gradient_TV.shape[1]]
-    if not _fp32_product(hidden_TD.device, hidden_TD.dtype):
+    if _fp32_product(hidden_TD.device, hidden_TD.dtype):
+        low = gradient_TV.to(hidden_TD.dtype)
+        torch.addmm(target, low.t(), hidden_TD, out_dtype=target.dtype, out=target)
+    else:
         target.addmm_(gradient_TV.to(total_VD.dtype).t(), hidden_TD.to(total_VD.dtype))
-        return
-    low = gradient_TV.to(hidden_TD.dtype)
-    for rows in _row_blocks(len(target)):
-        target[rows] += torch.mm(low[:, rows].t(), hidden_TD, out_dtype=torch.float32)
+
+
+def gradient_destination(hidden_TD: Tensor) -> Destination:
+    """Return over whose logits a chunk's gradient is written.
+
+    Where the products take bfloat16 it is written so at once, over the teacher's, which nothing
+    reads any more: the copy that they would need costs neither memory nor a pass over the logits.
+    """
+    narrow = hidden_TD.device.type == "cuda" and hidden_TD.dtype == torch.bfloat16
+    return "teacher" if narrow else "student"
 
 
 @dataclass
@@ -155,16 +159,15 @@ class Gradients:
         wide = statistics_dtype(hidden_TD.dtype)
         self.total_VD = torch.zeros_like(weight_VD, dtype=wide) if wanted[1] else None
 
-    def add(self, gradient_TV: Tensor, hidden_TD: Tensor, rows: slice, scratch_TV: Tensor) -> None:
+    def add(self, gradient_TV: Tensor, hidden_TD: Tensor, rows: slice) -> None:
         """Add the part of one chunk: its gradient at the logits, times head and hidden states.
 
         Args:
             gradient_TV: [rows, V] of the chunk.
             hidden_TD: [T, D] of all chunks.
-            scratch_TV: the teacher's logits of the chunk, which nothing reads any more.
         """
         if _fp32_product(hidden_TD.device, hidden_TD.dtype):
-            gradient_TV = narrowed(gradient_TV, hidden_TD.dtype, scratch_TV)
+            gradient_TV = gradient_TV.to(hidden_TD.dtype)
         if self.hidden_TD is not None:
             self.hidden_TD[rows] = hidden_gradient(gradient_TV, self.weight_VD)
         if self.total_VD is not None:
@@ -216,6 +219,7 @@ class LinearDistillFunction(torch.autograd.Function):
         gradients = Gradients(
             both[0], weights[0], wanted if now else (False, False), linear.rows_dtype
         )
+        destination = gradient_destination(both[0])
         parts, stacked, loss = [], [], torch.zeros((), dtype=torch.float64, device=hidden.device)
         for rows in linear.chunks(len(labels_local_T)):
             logits = buffers.fill(both, weights, rows)
@@ -228,9 +232,9 @@ class LinearDistillFunction(torch.autograd.Function):
             stacked.append(coefficients)
             if now:
                 gradient = student_gradient(
-                    *logits, labels, merged, coefficients, linear.problem, in_place=True
+                    *logits, labels, merged, coefficients, linear.problem, destination
                 )
-                gradients.add(gradient, both[0], rows, logits[1])
+                gradients.add(gradient, both[0], rows)
         merged = MergedStats.joined(parts)
         ctx.linear, ctx.weights, ctx.merged = linear, (weight, teacher_weight), merged
         ctx.coefficients, ctx.gradients = torch.cat(stacked), gradients if now else None
@@ -277,7 +281,7 @@ def _recomputed(ctx: Any) -> Gradients:
             merged.rows(rows),
             ctx.coefficients[rows],
             linear.problem,
-            in_place=True,
+            gradient_destination(student_hidden),
         )
-        gradients.add(gradient, student_hidden, rows, logits[1])
+        gradients.add(gradient, student_hidden, rows)
     return gradients

@@ -21,14 +21,24 @@ from megatron_vopd.ops import reference
 Impl = Literal["auto", "cpu", "cuda", "reference"]
 IMPLS = ("auto", "cpu", "cuda", "reference")
 NATIVE_DTYPES = (torch.float32, torch.bfloat16)
-OPERATORS = ("local_stats", "merge_stats", "merge_topk", "logits_gradient", "logits_gradient_")
+OPERATORS = (
+    "local_stats",
+    "merge_stats",
+    "merge_topk",
+    "logits_gradient",
+    "logits_gradient_",
+    "logits_gradient_narrow_",
+)
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """One implementation of every operator; the signatures are those of `ops.reference`."""
+    """One implementation of every operator; the signatures are those of `ops.reference`.
+
+    `logits_gradient_narrow_` has no compiled twin on the CPU, where no product takes its result.
+    """
 
     name: str
     local_stats: Callable
@@ -36,6 +46,7 @@ class Kernels:
     merge_topk: Callable
     logits_gradient: Callable
     logits_gradient_: Callable
+    logits_gradient_narrow_: Callable
 
 
 @functools.cache

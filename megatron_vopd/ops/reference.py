@@ -220,3 +220,13 @@ def logits_gradient(
 def logits_gradient_(student: Tensor, *args: Any) -> None:
     """Write `logits_gradient` over `student`, a buffer that the caller made."""
     student.copy_(logits_gradient(student, *args))
+
+
+def narrow_rows(teacher_TV: Tensor, width: int) -> Tensor:
+    """Return the [T, width] bfloat16 rows that begin where those of the fp32 tensor begin."""
+    return teacher_TV.view(torch.bfloat16)[:, :width]
+
+
+def logits_gradient_narrow_(student: Tensor, teacher: Tensor, *args: Any) -> None:
+    """Write `logits_gradient` in bfloat16 over `teacher`'s memory, as `narrow_rows` lays it out."""
+    narrow_rows(teacher, student.shape[1]).copy_(logits_gradient(student, teacher, *args))

@@ -8,12 +8,15 @@ rank q = query width, k = width of the keys (values alike), f = width of the MLP
     attention        the q-k-v product e (q + 2k), rotated queries and keys, the mixed values, and
                      what q- and k-norms keep; the CPU copies the mixed values once more, the CUDA
                      kernel of the local layers needs keys and values repeated to the queries' width
+    the same, cp > 1 the local layers keep (2 cp + 1) / 2 times the keys and values, not the rotated
+                     keys; while a layer runs backward, also the gradients of those and of the row's
     MLP              local  five of f: gate and up together, silu(gate), up, product: 5 e f
                      te     gate and up together, product: 3 e f
 
 A mixture of experts keeps its tokens once more before and after the experts, times experts per
 token; tokens are assumed to be spread evenly. Sequence parallelism cuts the h terms by tp. Not
-counted: reciprocal norms, log-sum-exps, rotary tables and masks, all narrower than a head.
+counted: reciprocal norms, log-sum-exps and rotary tables, all narrower than a head, and on the CPU
+with cp > 1 one mask per row, [T / 2 cp, T] for T tokens of the longest sequence.
 """
 
 from __future__ import annotations
@@ -74,34 +77,44 @@ def layer_memory(
     heads_kv = facts.num_kv_heads * kv_repeat(facts, layout.tp, trained)
     k = heads_kv * facts.head_dim / layout.tp
     norms = 2 * (8 * hidden + e * hidden if kind == "cpu" else 2 * e * hidden)
-    attention, again = _attention(kind, e, q, k, facts.qk_norm)
+    attention, again, gradients = _attention(kind, e, q, k, facts.qk_norm, layout.cp)
     mlp, widest = _mlp(facts, layout, kind, e, hidden)
     kept = norms + attention + mlp
     return LayerMemory(
         kept=kept,
         kept_selective=kept - again,
         kept_full=e * hidden,
-        backward=e * (2 * widest + 2 * facts.hidden_size),
+        backward=max(2 * e * widest, gradients) + 2 * e * facts.hidden_size,
         forward=e * 2 * facts.hidden_size + max(mlp, attention),
     )
 
 
-def _attention(kind: Kind, e: int, q: float, k: float, qk_norm: bool) -> tuple[float, float]:
-    """Return (bytes kept per token, how many of them selective recomputation saves).
+def _attention(
+    kind: Kind, e: int, q: float, k: float, qk_norm: bool, cp: int
+) -> tuple[float, float, float]:
+    """Return bytes per token: kept; of them saved by selective recomputation; gathered gradients.
+
+    The last are those of keys and values in the backward pass of the local layers under cp.
 
     Args:
         e: bytes of one value.
         q, k: widths of queries and of keys on this rank.
     """
     product = e * (q + 2 * k)
+    # Of keys and values alike: the prefixes that a rank attends to, over its own.
+    prefixes = (2 * cp + 1) / 2 if cp > 1 else 1
+    gradients = 2 * e * k * (prefixes + cp) if cp > 1 else 0.0
     if kind == "cpu":
         copied_keys = 0 if e == 4 else 4 * k
         norms = 8 * q + 4 * k + copied_keys if qk_norm else 0
-        return product + norms + e * (q + k) + 2 * e * q, e * q
+        keys = e * k if cp == 1 else 2 * e * k * prefixes
+        return product + norms + keys + 3 * e * q, e * q + keys - e * k, gradients
     norms = e * q if qk_norm else 0
     if kind == "local":
-        return product + norms + e * (q + 2 * q + q), 2 * e * q
-    return product + norms + e * (2 * q + k), 0.0
+        repeated = 2 * e * q * prefixes
+        gradients += repeated if cp > 1 else 0.0
+        return product + norms + 2 * e * q + repeated, repeated, gradients
+    return product + norms + e * (2 * q + k), 0.0, 0.0
 
 
 def _mlp(

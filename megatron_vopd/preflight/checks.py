@@ -15,7 +15,7 @@ from megatron_vopd.config.schema import Config
 from megatron_vopd.config.world import cut_problems, layouts, world_problems
 from megatron_vopd.errors import Notice, Problem, shown
 from megatron_vopd.hf.facts import ModelError, ModelFacts, layout_problems
-from megatron_vopd.hf.folder import ModelFolder, read_model_folder
+from megatron_vopd.hf.folder import ModelFolder, missing_files, read_model_folder
 from megatron_vopd.types import Layout, is_local_path
 
 
@@ -42,11 +42,16 @@ class Findings:
 
 
 def preflight(
-    config: Config, world_size: int, models: Mapping[str, ModelFolder] | None = None
+    config: Config,
+    world_size: int,
+    device: str | None = None,
+    models: Mapping[str, ModelFolder] | None = None,
 ) -> Findings:
     """Find every problem and notice of `config` on `world_size` ranks.
 
     Args:
+        device: "cpu" or "cuda", already resolved; None: `parallel.device`, where `auto` counts as
+            GPUs.
         models: all models of the run, if they were read before; None: the local ones are read.
     """
     findings = Findings(world_problems(config, world_size), config_notices(config))
@@ -55,6 +60,10 @@ def preflight(
     if models is None:
         models = _read_models(config.model_paths, findings)
     findings.models = dict(models)
+    findings.problems += _run_dir_problems(os.path.join(config.run.dir, config.run.name))
+    on_gpu = (device or config.parallel.device) != "cpu"
+    if config.has_engines and config.rollout.engine == "local" and on_gpu:
+        findings.notices += _sampling_notices(findings.cuts.get("student"))
     prompt, contract = config.data.max_prompt_tokens, config.data.eos_contract
     longest = {"curriculum.ladder": config.max_response_tokens}
     evaluated = {"evaluation.max_tokens": config.evaluation.max_tokens} if config.evaluates else {}
@@ -81,16 +90,45 @@ def _read_models(paths: Mapping[str, str], findings: Findings) -> dict[str, Mode
             findings.notices.append(Notice(f"{key}.path", text))
             continue
         try:
-            models[key] = read_model_folder(os.path.expanduser(path))
+            model = read_model_folder(os.path.expanduser(path))
+            missing = missing_files(model.path)
         except ModelError as error:
             expected = "a supported model folder"
             findings.problems.append(Problem(f"{key}.path", shown(path), expected, str(error)))
             continue
-        if models[key].code_files:
-            names = ", ".join(shown(name)[1:-1] for name in models[key].code_files[:5])
+        models[key] = model
+        if missing:
+            text = f"not in the folder, and needed by a run: {', '.join(map(shown, missing[:3]))}"
+            findings.notices.append(Notice(f"{key}.path", text))
+        if model.code_files:
+            names = ", ".join(shown(name)[1:-1] for name in model.code_files[:5])
             text = f"the folder carries code ({names}); it is never executed"
             findings.notices.append(Notice(f"{key}.path", text))
     return models
+
+
+def _run_dir_problems(run_dir: str) -> list[Problem]:
+    """Require that the run's folder can be written, or made where it is absent."""
+    nearest = os.path.abspath(run_dir)
+    while not os.path.lexists(nearest):
+        nearest = os.path.dirname(nearest)
+    if os.path.isdir(nearest) and os.access(nearest, os.W_OK | os.X_OK):
+        return []
+    got = f"{shown(run_dir)}, where {shown(nearest)} is "
+    got += "not writable" if os.path.isdir(nearest) else "no folder"
+    remedy = "choose another run.name or run.dir"
+    return [Problem("run.dir", got, "a folder that can be written", remedy)]
+
+
+def _sampling_notices(layout: Layout | None) -> list[Notice]:
+    """Say how many GPUs sample, where local engines leave some idle meanwhile."""
+    if layout is None or layout.dp == layout.world_size:
+        return []
+    text = (
+        f"on GPUs {layout.dp} of {layout.world_size} sample, one for each replica of the student "
+        f"({layout}); the others wait meanwhile: rollout.engine=server samples on GPUs of its own"
+    )
+    return [Notice("rollout.engine", text)]
 
 
 def _layout_problems(

@@ -5,14 +5,15 @@ same table that loads the weights (`hf/mapping.py`). Beside it, a step goes thro
 which needs something more; the peak is what is held plus the most demanding phase::
 
     rollout     the share of the GPU of a local engine, which sleeps in all other phases but `push`
+                and then still holds something (`engine_memory`)
     scoring     the teacher's activations, the hidden states that it hands over
     loss        activations of the microbatches in flight, both models' logits of a chunk
     backward    the same activations, the gradients of head and hidden states
     update      the optimizer's temporaries
-    push        two layer groups of the student's weights, the engine
+    push        two layer groups of the student's weights, what they are packed into, the engine
 
-Rows are assumed to be full and to hold response tokens alone. Not counted: what a process holds
-beside tensors (Python and libraries, CUDA context, NCCL buffers; a dry run measures it),
+Rows are assumed to be full and to hold response tokens alone. Not counted: what the trainer holds
+beside tensors (Python and libraries, CUDA context, NCCL's buffers; a dry run measures it),
 fragmentation, and experts that get more than their share of tokens.
 """
 
@@ -23,11 +24,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
 
+from megatron_vopd.config.method import RolloutSection
 from megatron_vopd.config.schema import Config, StudentSection, TeacherSection
 from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.hf.facts import ModelFacts, frozen_sequence_parallel, kv_repeat
-from megatron_vopd.hf.mapping import hf_shape, layer_units, shard_parameters
+from megatron_vopd.hf.mapping import shard_parameters
 from megatron_vopd.preflight.activations import Kind, LayerMemory, Recompute, layer_memory
+from megatron_vopd.preflight.engine_memory import Engine, engine_phases
 from megatron_vopd.types import LOSS_CHUNK, Coordinates, Layout
 
 GRADIENT_SIZE = MOMENT_SIZE = MASTER_SIZE = LOGIT_SIZE = 4
@@ -169,8 +172,7 @@ def estimate(
         if key in layouts
     }
     work = workload(config, student.layout.dp)
-    is_local = machine.kind != "cpu" and config.rollout.engine == "local"
-    engine = config.rollout.memory_fraction * machine.memory if is_local else 0.0
+    engine = _engine(config.rollout, config.has_engines, machine)
     ranks = []
     known: dict[tuple, RankMemory] = {}
     for rank in range(student.layout.world_size):
@@ -181,6 +183,15 @@ def estimate(
             known[key] = _rank_memory(student, teachers, work, machine, engine, rank)
         ranks.append(replace(known[key], rank=rank, place=place))
     return ranks
+
+
+def _engine(rollout: RolloutSection, has_engines: bool, machine: Machine) -> Engine:
+    """Return the engine of a leader; on a CPU engines are processes with memory of their own."""
+    if machine.kind == "cpu" or not has_engines:
+        return Engine()
+    share = rollout.memory_fraction * machine.memory if rollout.engine == "local" else 0.0
+    by_nccl = rollout.engine == "server"
+    return Engine(share, by_nccl, CONFIG_DTYPES[rollout.dtype].num_bytes)
 
 
 def _student(
@@ -208,7 +219,7 @@ def _rank_memory(
     teachers: Mapping[str, tuple[_Model, TeacherSection]],
     work: Workload,
     machine: Machine,
-    engine: float,
+    engine: Engine,
     rank: int,
 ) -> RankMemory:
     place = student.layout.coordinates(rank)
@@ -234,7 +245,9 @@ def _rank_memory(
         host += received if section.offload and machine.kind != "cpu" else 0
     phases = {"scoring": scoring}
     phases |= _training(student, place.pp, work, machine, waiting)
-    phases |= _engine_phases(student, place, engine)
+    own = engine if place.is_leader else Engine()
+    phases = {name: parts | own.asleep for name, parts in phases.items()}
+    phases |= engine_phases(student.facts, student.item_size, own)
     return RankMemory(rank, held, phases, host)
 
 
@@ -367,16 +380,3 @@ def _largest_layer_weight(facts: ModelFacts, layout: Layout) -> float:
     if facts.is_moe:
         return 2 * facts.hidden_size * facts.expert_ffn_size
     return 2 * facts.hidden_size * facts.ffn_size / layout.tp
-
-
-def _engine_phases(
-    student: _Model, place: Coordinates, engine: float
-) -> dict[str, dict[str, float]]:
-    """Return the phases rollout and push; only a replica's first rank has an engine on its GPU."""
-    if not place.is_leader:
-        engine = 0.0
-    names = [name for unit in layer_units(student.facts, 0) for name in unit.hf_names()]
-    layer = sum(math.prod(hf_shape(name, student.facts)) for name in names)
-    embedding = student.facts.vocab_size * student.facts.hidden_size
-    groups = 2 * max(layer, embedding) * student.item_size
-    return {"rollout": {"engine": engine}, "push": {"layer groups": groups, "engine": engine}}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -14,6 +16,19 @@ from megatron_vopd.preflight.table import largest_line, memory_lines, memory_not
 from megatron_vopd.types import Layout
 
 MAX_RANKS_SHOWN = 64
+
+
+def plain_console() -> Console:
+    """Make a console of plain text that never cuts lines unless the output is a terminal."""
+    is_terminal = sys.stdout.isatty()
+    return Console(
+        file=sys.stdout,
+        markup=False,
+        emoji=False,
+        highlight=False,
+        width=None if is_terminal else 10_000,
+        force_terminal=is_terminal,
+    )
 
 
 def print_config(console: Console, config: Config) -> None:

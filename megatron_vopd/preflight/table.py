@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron_vopd.errors import Notice
+from megatron_vopd.preflight.engine_memory import ASSUMED
 from megatron_vopd.preflight.memory import RankMemory
 
 GIB = 2**30
@@ -15,6 +16,8 @@ _REMEDIES = {
     "activations": "lower train.max_tokens_per_microbatch, or set student.recompute=full",
     "hidden states": "lower rollout.num_prompts, or set teacher.offload=true",
     "engine": "lower rollout.memory_fraction",
+    f"sleeping engine {ASSUMED}": "use rollout.engine=server",
+    "NCCL chunks": "raise parallel.tp or parallel.pp",
 }
 
 
@@ -53,9 +56,12 @@ def largest_line(largest: RankMemory, gpu_memory: float) -> str:
     Args:
         gpu_memory: memory of one GPU, GB (10^9 bytes).
     """
+    parts = [part for phase in largest.phases.values() for part in phase]
+    assumed = any(ASSUMED in part for part in parts)
     return (
         f"largest: rank {largest.rank}, {largest.peak / 1e9:.1f} of {gpu_memory:g} GB "
-        f"({largest.worst_phase}); CUDA context, NCCL's buffers and fragmentation come on top"
+        f"({largest.worst_phase}); the trainer's CUDA context, NCCL's buffers and fragmentation "
+        f"come on top{f'; {ASSUMED} is not yet measured on a GPU' if assumed else ''}"
     )
 
 

@@ -45,12 +45,12 @@ def begin(config: Config, device: str, stop: StopFlag | None = None) -> Run:
     Raises:
         UserError: on every rank when one of them meets a mistake of the user.
     """
-    models = sound_models(config)
+    models = sound_models(config, device)
     run_dir = Path(config.run.dir) / config.run.name
     with ExitStack() as stack:
-        samples = config.has_rollouts or config.evaluates
-        needs_vllm = samples and config.rollout.engine == "local"
-        known = (config.checkpoint.resume, needs_vllm, config.run.seed)
+        starts_engines = config.has_engines and config.rollout.engine == "local"
+        engine_device = device if starts_engines else None
+        known = (config.checkpoint.resume, engine_device, config.run.seed)
         resume = enter_folder(run_dir, *known, stack)
         student_dir = models["student"].path
         engines = engines_of(config, student_dir, run_dir, device)

@@ -33,6 +33,7 @@ from megatron_vopd.megatron.teacher import Teacher
 from megatron_vopd.preflight.checks import preflight
 from megatron_vopd.rollout.engine import Engine
 from megatron_vopd.run.engines import EngineFactory, Pusher
+from megatron_vopd.run.environment import machine_notices
 from megatron_vopd.run.run import announce
 from megatron_vopd.run.settings import build_curriculum, step_settings
 from megatron_vopd.run.sources import Sources, load_sources
@@ -67,11 +68,14 @@ class Parts:
     collector: Callable[..., RolloutCollector]
 
 
-def sound_models(config: Config) -> dict[str, ModelFolder]:
+def sound_models(config: Config, device: str) -> dict[str, ModelFolder]:
     """Read the run's models once, and check the configuration against them on this world.
 
     Every rank of the world calls it. A mistake that local folders show is refused before anything
     is downloaded from a hub.
+
+    Args:
+        device: "cpu" or "cuda", already resolved.
 
     Raises:
         ConfigError: on every rank, everything that `vopd check` would refuse.
@@ -79,12 +83,13 @@ def sound_models(config: Config) -> dict[str, ModelFolder]:
 
     def check() -> dict[str, ModelFolder]:
         world_size, paths = dist.get_world_size(), config.model_paths
-        findings = preflight(config, world_size)
+        findings = preflight(config, world_size, device)
         if not findings.problems and findings.models.keys() != paths.keys():
-            findings = preflight(config, world_size, read_models(paths, findings.models))
+            findings = preflight(config, world_size, device, read_models(paths, findings.models))
         if findings.problems:
             raise ConfigError(findings.problems)
-        for notice in findings.notices:
+        known = (device, config.parallel.tp, config.parallel.cp)
+        for notice in [*findings.notices, *machine_notices(*known)]:
             announce(f"note: {notice}", config.logging.console)
         return findings.models
 

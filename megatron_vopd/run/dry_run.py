@@ -157,7 +157,7 @@ def bytes_beside_tensors() -> int:
 def dry_run(config: Config, device: str) -> None:
     """Build everything, make the two steps, print what they needed. Every rank calls it."""
     config = at_full_length(config)
-    models = sound_models(config)
+    models = sound_models(config, device)
     with ExitStack() as stack:
         parts = build(config, models, device, lambda _, ids: (RandomEngine(ids), None), stack)
         lines = rehearse(config, parts)

@@ -12,6 +12,7 @@ from pathlib import Path
 from megatron_vopd.config.schema import Config, RolloutSection
 from megatron_vopd.hf.dtypes import CONFIG_DTYPES
 from megatron_vopd.megatron.student import Student
+from megatron_vopd.preflight.servers import PROBE_TOKENS, context_needed
 from megatron_vopd.rollout.engine import Engine, PushReport
 from megatron_vopd.rollout.push import Probe, make_probe, push
 from megatron_vopd.rollout.vllm.local import LocalEngine
@@ -24,8 +25,6 @@ from megatron_vopd.trainer.student_logprobs import sequence_logprobs
 _PROBE_TOLERANCES = {"fp32": 1e-4, "bf16": 0.3}
 # The same for each nat of the largest log-prob: fp32 rounds at 6e-8, in sums of many terms.
 _PROBE_RELATIVE = {"fp32": 2e-5, "bf16": 0.0}
-_PROBE_LENGTH = 48
-
 
 # (student, ids that all models share) -> this rank's engine and what gives it weights.
 EngineFactory = Callable[[Student, int], "tuple[Engine | None, Pusher | None]"]
@@ -78,15 +77,12 @@ def engines_of(config: Config, model_dir: str, run_dir: Path, device: str) -> En
         """Make neither where nothing is sampled, and no engine on ranks that lead none."""
         if not (step_settings(config, (), None).num_asked or config.evaluates):
             return None, None
-        row = config.train.max_tokens_per_microbatch
+        row = config.max_sequence_tokens
         exact = config.student.dtype == config.rollout.dtype == "fp32"
         probe = make_run_probe(exact, vocab_size, row)
         engine = None
         if student.groups.is_leader:
-            response = config.max_response_tokens if config.has_rollouts else 0
-            if config.evaluates:
-                response = max(response, config.evaluation.max_tokens)
-            longest = max(config.data.max_prompt_tokens + response, _PROBE_LENGTH + 1)
+            longest = context_needed(config.max_engine_tokens)
             longest = min(longest, student.facts.max_positions)
             place = (student.groups.coordinates.dp, student.groups.layout.dp)
             seed, logs = config.run.seed, run_dir / "engines"
@@ -115,7 +111,7 @@ def make_run_probe(is_exact: bool, vocab_size: int, longest: int) -> Probe:
     """
     kind = "fp32" if is_exact else "bf16"
     tolerance, relative = _PROBE_TOLERANCES[kind], _PROBE_RELATIVE[kind]
-    length = min(_PROBE_LENGTH, longest)
+    length = min(PROBE_TOKENS, longest)
     return make_probe(vocab_size, length=length, tolerance=tolerance, relative=relative)
 
 
@@ -157,6 +153,7 @@ def make_engine(
                 model_dir=model_dir,
                 allow_remote=rollout.allow_remote,
                 deadline_seconds=rollout.deadline_seconds,
+                max_model_len=max_model_len,
             )
         )
     return LocalEngine(

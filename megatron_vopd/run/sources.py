@@ -64,7 +64,7 @@ def load_sources(
     responses = None
     if set(config.objective.prefix_fractions) - {"student"}:
         context = models["student"].facts.max_positions
-        context = min(context, config.train.max_tokens_per_microbatch)
+        context = min(context, config.max_sequence_tokens)
         vocab_size = min(model.facts.vocab_size for model in models.values())
         known = (teachers, stop_ids, context, vocab_size)
         given = tuple(load_responses(data, tokenizer, *known).rollouts)

@@ -6,10 +6,10 @@ loaded: a start that is refused loses nothing.
 
 from __future__ import annotations
 
+import os
 import re
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -22,6 +22,7 @@ from megatron_vopd.errors import UserError, refusal
 from megatron_vopd.hf.mapping import LayerSpec
 from megatron_vopd.megatron import transformer_engine
 from megatron_vopd.megatron.transformer_engine import OLDEST
+from megatron_vopd.run.environment import local_ranks, require_vllm
 from megatron_vopd.run.folder import (
     STATUS_NAME,
     checkpoints_dir,
@@ -38,13 +39,13 @@ _HEADER = "# The resolved configuration of a run of megatron_vopd.train.\n"
 
 
 def enter_folder(
-    run_dir: Path, resume: str, needs_vllm: bool, seed: int, stack: ExitStack
+    run_dir: Path, resume: str, engine_device: str | None, seed: int, stack: ExitStack
 ) -> Resume:
     """Make and lock the folder, choose what to resume from, seed. Every rank calls it.
 
     Args:
         resume: `checkpoint.resume`.
-        needs_vllm: engines will be started on this machine.
+        engine_device: "cpu" or "cuda", where engines will be started; None: there are none.
         seed: seed of the run, which Python's, numpy's and torch's random states start from.
         stack: holds the lock on the folder.
 
@@ -52,8 +53,8 @@ def enter_folder(
         UserError: on every rank: nothing to resume from where there should be something, another
             run's folder, or one that cannot be written.
     """
-    if needs_vllm:
-        all_ranks(_require_vllm)
+    if engine_device is not None:
+        all_ranks(require_vllm, engine_device)
     rank_0(_make_folder, run_dir)
     rank_0(stack.enter_context, locked(run_dir))
     chosen = choose_resume(run_dir, resume)
@@ -61,13 +62,6 @@ def enter_folder(
     rank_0((run_dir / STATUS_NAME).unlink, missing_ok=True)
     seed_random_states(seed)
     return chosen
-
-
-def _require_vllm() -> None:
-    """Refuse a local engine without vLLM, before the models are loaded, which takes minutes."""
-    if find_spec("vllm") is None:
-        remedy = "install it (CPU: make engine), or set rollout.engine=server"
-        raise refusal("rollout.engine", "local", "vLLM installed beside this package", remedy)
 
 
 def _make_folder(run_dir: Path) -> None:
@@ -183,12 +177,22 @@ def longest_wait_seconds(deadline_seconds: float) -> float:
 
 
 def resolved_device(asked: str) -> str:
-    """Return cpu or cuda for `parallel.device`; raise ConfigError for what is missing."""
+    """Return cpu or cuda for `parallel.device`.
+
+    Raises:
+        ConfigError: on every rank of a machine that has no GPU, or fewer than ranks.
+    """
     has_gpu = torch.cuda.is_available()
     if asked == "cuda" and not has_gpu:
         remedy = "set parallel.device=cpu"
         raise refusal("parallel.device", "cuda", "a GPU that torch can use", remedy)
-    return asked if asked != "auto" else "cuda" if has_gpu else "cpu"
+    device = asked if asked != "auto" else "cuda" if has_gpu else "cpu"
+    gpus, ranks = torch.cuda.device_count() if device == "cuda" else 0, local_ranks(os.environ)
+    if device == "cuda" and gpus < ranks:
+        got = f"{asked}, and GPUs: {gpus} for the {ranks} ranks of this machine"
+        remedy = f"start --nproc-per-node {gpus} with smaller layouts, or set parallel.device=cpu"
+        raise refusal("parallel.device", got, "a GPU for each", remedy)
+    return device
 
 
 def resolved_layer_spec(asked: str, device: str) -> LayerSpec:

@@ -67,6 +67,8 @@ FINE = [
     },
     {"objective.estimator": "exact", "objective.direction": "mixed", "objective.reverse_weight": 1},
     {"objective.baseline": "none", "objective.reward_floor": 0.2},
+    {"parallel.cp": 2, "parallel.device": "cpu", "parallel.backend": "local"},
+    {"parallel.cp": 3, "train.max_tokens_per_microbatch": 132},
     {"objective.task_reward_weight": 1.0, "rollout.samples_per_prompt": 4},
     {
         "objective.estimator": "hard",

@@ -1,6 +1,7 @@
 """The CUDA launchers as functions over CPU tensors: the sources compiled by g++ (emulation/).
 
-Only what g++ cannot read is rewritten: launches, dynamic shared memory, and the one instruction.
+Only what g++ cannot read is rewritten: launches, dynamic shared memory, and two instructions. A
+block has two warps: the same paths, fewer fibers.
 """
 
 from __future__ import annotations
@@ -8,6 +9,8 @@ from __future__ import annotations
 import ctypes
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +18,14 @@ import torch
 from torch import Tensor
 
 from megatron_vopd.ops.native import Kernels
+from megatron_vopd.ops.reference import narrow_rows
 
 HERE = Path(__file__).parent
 CSRC = HERE.parents[1] / "csrc"
 EXPORTS = """
 using namespace megatron_vopd;
 using namespace megatron_vopd::cuda;
+extern "C" void emulated_order(uint32_t seed) { emulation::shuffle_seed = seed; }
 extern "C" void emulated_stats(const Logits& a, const LocalStats& b, int64_t n) {
     local_stats(a, b, n, nullptr);
 }
@@ -30,23 +35,23 @@ extern "C" void emulated_merge(const double* p, int64_t r, int64_t n, double flo
 extern "C" void emulated_topk(const TopkLists& lists, const MergedTopk& merged) {
     merge_topk(lists, merged, nullptr);
 }
-extern "C" void emulated_gradient(const Logits& a, const GradientInputs& b, void* out,
-                                  int64_t stride, int64_t width, int64_t n) {
-    logits_gradient(a, b, out, stride, width, n, nullptr);
+extern "C" void emulated_gradient(const Logits& a, const GradientInputs& b,
+                                  const GradientOutput& out, int64_t n) {
+    logits_gradient(a, b, out, n, nullptr);
 }
 """
 
 
 def translated(text: str) -> str:
     """Return CUDA source as C++ for the emulation."""
-    launch = r"([\w:]+(?:<\w+>)?)<<<(.*?)>>>\((.*?)\);"
+    launch = r"([\w:]+(?:<[\w, ]+>)?)<<<(.*?)>>>\((.*?)\);"
     text = re.sub(launch, r"emulation::launch(\2, [=] { \1(\3); });", text, flags=re.DOTALL)
     shared = r"extern __shared__ ([\w ]+?) (\w+)\[\];"
     text = re.sub(shared, r"\1* \2 = emulation::dynamic_shared<\1>();", text)
     flush = "out = t < -126.0f ? 0.0f : std::exp2(t);"
     text = re.sub(r'asm\("ex2.*?\);', flush, text)
-    # Two warps instead of sixteen: the same paths, fewer fibers.
-    return text.replace("constexpr int kThreads = 512;", "constexpr int kThreads = 64;")
+    greater = "out = a != a || b != b ? NAN : std::fmax(a, b);"
+    return re.sub(r'asm\("max.NaN.*?\);', greater, text)
 
 
 def build(folder: Path) -> ctypes.CDLL:
@@ -58,15 +63,26 @@ def build(folder: Path) -> ctypes.CDLL:
     includes = "".join(f'#include "cuda/{name}.cu"\n' for name in ("stats", "merge", "gradient"))
     (folder / "all.cpp").write_text(includes + EXPORTS)
     command = ["g++", "-std=c++17", "-O1", "-w", "-shared", "-fPIC", f"-I{folder}"]
+    command += ["-DMEGATRON_VOPD_THREADS=64"]
     command += [f"-I{HERE / 'emulation'}", str(folder / "all.cpp"), "-o", str(folder / "all.so")]
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(folder / "all.so"))
+
+
+@contextmanager
+def shuffled(library: ctypes.CDLL, seed: int) -> Iterator[None]:
+    """Let threads run in another order each time between two barriers; the order is the seed's."""
+    library.emulated_order(ctypes.c_uint32(seed))
+    yield
+    library.emulated_order(ctypes.c_uint32(0))
 
 
 def _struct(*fields: tuple[str, Any]) -> type[ctypes.Structure]:
     return type("Struct", (ctypes.Structure,), {"_fields_": list(fields)})
 
 
+# The numbers of `cuda::Dtype`.
+DTYPES = (torch.float32, torch.bfloat16)
 POINTER, LONG, DOUBLE = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 LOGITS = _struct(
     ("student", POINTER),
@@ -85,6 +101,7 @@ LISTS = _struct(
 )
 MERGED = _struct(*((name, POINTER) for name in ("student", "teacher", "taken")), ("topk", LONG))
 INPUTS = _struct(*((n, POINTER) for n in ("final", "c", "ids", "taken", "s")), ("topk", LONG))
+OUTPUT = _struct(("data", POINTER), ("stride", LONG), ("width", LONG), ("dtype", ctypes.c_int))
 
 
 def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -96,7 +113,7 @@ def kernels(library: ctypes.CDLL) -> Kernels:
 
     def logits_of(x: Tensor, y: Tensor, labels: Tensor, num_valid: int, temperature: float) -> Any:
         strides = (x.stride(0), y.stride(0))
-        dtype = 0 if x.dtype == torch.float32 else 1
+        dtype = DTYPES.index(x.dtype)
         return LOGITS(
             x.data_ptr(), y.data_ptr(), *strides, labels.data_ptr(), num_valid, temperature, dtype
         )
@@ -133,8 +150,9 @@ def kernels(library: ctypes.CDLL) -> Kernels:
         pointers = [_pointer(z) for z in (final, c, ids, taken, s)]
         inputs = INPUTS(*pointers, 0 if ids is None else ids.shape[1])
         logits = logits_of(x, y, labels, num_valid, tau)
-        sizes = [LONG(value) for value in (out.stride(0), x.shape[1], len(x))]
-        library.emulated_gradient(ctypes.byref(logits), ctypes.byref(inputs), _pointer(out), *sizes)
+        output = OUTPUT(out.data_ptr(), out.stride(0), out.shape[1], DTYPES.index(out.dtype))
+        arguments = (ctypes.byref(value) for value in (logits, inputs, output))
+        library.emulated_gradient(*arguments, LONG(len(x)))
         return out
 
     def logits_gradient(x, *arguments):
@@ -143,4 +161,15 @@ def kernels(library: ctypes.CDLL) -> Kernels:
     def logits_gradient_(x, *arguments):
         gradient_into(x, x, *arguments)
 
-    return Kernels("cuda", local_stats, merge_stats, merge_topk, logits_gradient, logits_gradient_)
+    def logits_gradient_narrow_(x, y, *arguments):
+        gradient_into(narrow_rows(y, x.shape[1]), x, y, *arguments)
+
+    return Kernels(
+        "cuda",
+        local_stats,
+        merge_stats,
+        merge_topk,
+        logits_gradient,
+        logits_gradient_,
+        logits_gradient_narrow_,
+    )

@@ -44,6 +44,18 @@ MOE_CASES = (
     Case("moe-tp2-ep2-sp", Layout(4, tp=2, ep=2), True),
     Case("moe-tp2-pp2-sp", Layout(4, tp=2, pp=2), True),
 )
+# Context parallelism; for models of both kinds.
+CP_CASES = (
+    Case("cp2", Layout(2, cp=2)),
+    Case("tp2-cp2", Layout(4, tp=2, cp=2)),
+    Case("tp2-cp2-sp", Layout(4, tp=2, cp=2), True),
+    Case("cp2-pp2", Layout(4, pp=2, cp=2)),
+    Case("cp4", Layout(4, cp=4)),
+)
+MOE_CP_CASES = (
+    Case("moe-ep2-cp2", Layout(2, cp=2, ep=2)),
+    Case("moe-tp2-cp2-ep2-sp", Layout(4, tp=2, cp=2, ep=2), True),
+)
 
 
 def enter(case: Case) -> Groups:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import os
 import signal
 import socket
@@ -18,6 +19,7 @@ from tests.support import ROOT
 
 ENTRY_POINT_GROUP = "vllm.general_plugins"
 ENTRY_POINT = "megatron_vopd.rollout.weights.vllm_plugin:register"
+CONTEXT = 256  # tokens of prompt and response together
 METADATA = "Metadata-Version: 2.1\nName: megatron-vopd-plugin\nVersion: 0\n"
 
 
@@ -76,25 +78,32 @@ class Servers:
 def running_servers(model_dir: Path, folder: Path, number: int = 2) -> Iterator[Servers]:
     """Run examples/servers/start.sh, as a user calls it; end everything afterwards."""
     first = free_ports(number)
+    urls = tuple(f"http://127.0.0.1:{first + i}" for i in range(number))
+    config = folder / "served.yaml"
+    settings = {
+        "student": {"path": str(model_dir)},
+        "teacher": {"path": "org/unused"},
+        "parallel": {"device": "cpu"},
+        "rollout": {"engine": "server", "urls": list(urls), "dtype": "fp32"},
+        "curriculum": {"kind": "fixed", "ladder": [CONTEXT - 64]},
+        "data": {"train": "org/unused", "max_prompt_tokens": 64},
+    }
+    config.write_text(json.dumps(settings))
     environment = {
         **os.environ,
         **with_plugin(folder / "plugin"),
-        "DEVICE": "cpu",
-        "DTYPE": "float32",
-        "MAX_MODEL_LEN": "256",
         "PYTHON": sys.executable,
         "LOG_DIR": str(folder),
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "OMP_NUM_THREADS": "1",
     }
     script = subprocess.Popen(
-        [str(ROOT / "examples/servers/start.sh"), str(model_dir), str(number), str(first)],
+        [str(ROOT / "examples/servers/start.sh"), str(config)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
-    urls = tuple(f"http://127.0.0.1:{first + i}" for i in range(number))
     try:
         yield Servers(urls, script.pid, folder)
     finally:

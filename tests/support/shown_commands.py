@@ -12,6 +12,9 @@ CHECK_4B = "vopd check examples/math_qwen3_4b/config.yaml"
 TRAIN = "torchrun --standalone --nproc-per-node 8 -m megatron_vopd.train"
 DEMO = "tests/integration/demo/test_demo.py::test_all_stages_once_and_bars_that_are_not_met"
 REPORT = "tests/unit/run/test_report.py::test_one_page_with_every_curve"
+DOCTOR = "tests/unit/preflight/test_doctor.py::test_this_environment_is_sound"
+# Resolved by pip, not installed.
+RESOLVED = "tests/unit/tools/test_installing.py::test_pip_resolves_the_set_for_gpus"
 NO_GPUS = "not run: needs 8 GPUs and downloads two models"
 
 SHOWN: dict[str, str] = {
@@ -21,7 +24,10 @@ SHOWN: dict[str, str] = {
     "make install": "not run: `make test` begins with it",
     "make engine": "not run: `make test-all` begins with it",
     ". .venv/bin/activate": "not run: it changes the shell that it is typed into",
-    'pip install --no-build-isolation -e ".[gpu]"': "not run: needs a GPU machine's torch and nvcc",
+    "pip install -c constraints/gpu.txt vllm setuptools wheel ninja pybind11": RESOLVED,
+    'pip install --no-build-isolation -c constraints/gpu.txt -e ".[gpu,engine]"': RESOLVED,
+    "vopd doctor": DOCTOR,
+    "vopd doctor --for gpu": DOCTOR,
     f"{CHECK_4B} --world-size 8": "run 0",
     f"{CHECK_4B} --world-size 8 student.path=./tests/fixtures/models/Qwen3-4B-Base "
     "teacher.path=./tests/fixtures/models/Qwen3-4B": "run 0",
@@ -39,8 +45,10 @@ SHOWN: dict[str, str] = {
     "unit/run/test_status.py::TestScripts",
     "sbatch examples/qwen3_4b_from_235b/launch.sbatch student.path=./Qwen3-4B "
     "teacher.path=./Qwen3-235B-A22B": "tests/unit/run/test_status.py::TestScripts",
-    "DEVICE=cpu DTYPE=float32 examples/servers/start.sh ./runs/demo/models/start 2 8000": "tests/"
+    "examples/servers/start.sh examples/arithmetic/distil.yaml rollout.engine=server "
+    "'rollout.urls=[http://127.0.0.1:8000, http://127.0.0.1:8001]'": "tests/"
     "integration/rollout/test_engine_servers.py",
+    "vopd server-commands examples/qwen3_8b_from_32b/config.yaml": "run 0",
     "torchrun --nproc-per-node 4 tools/convert_hf_to_megatron.py ./Qwen3-tiny "
     "./Qwen3-tiny-megatron --tp 2 --pp 2 --verify": "tests/test_docs.py::test_conversions",
     "python tools/convert_megatron_to_hf.py ./Qwen3-tiny-megatron ./Qwen3-tiny-again --verify": (

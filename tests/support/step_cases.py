@@ -22,4 +22,8 @@ STUDENTS = {
     "dp2": (Case("dp2", Layout(2)), False),
     "dp2-distributed": (Case("dp2", Layout(2)), True),
     "tp2-dp2-distributed": (Case("tp2-dp2", Layout(4, tp=2)), True),
+    "cp2-distributed": (Case("cp2", Layout(2, cp=2)), True),
+    "tp2-cp2-sp": (Case("tp2-cp2-sp", Layout(4, tp=2, cp=2), True), False),
+    "cp2-pp2": (Case("cp2-pp2", Layout(4, pp=2, cp=2)), False),
+    "cp2-dp2-distributed": (Case("cp2-dp2", Layout(4, cp=2)), True),
 }

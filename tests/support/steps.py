@@ -162,7 +162,7 @@ class Setup:
         return load_student(self.student_dir, groups, options, section, 100)
 
     def teachers(self, student: Student) -> dict[str, Teacher]:
-        groups = independent_groups(self.teacher_layout or self.case.layout)
+        groups = independent_groups(self.teacher_layout or replace(self.case.layout, cp=1))
         return {
             key: Teacher(
                 path,

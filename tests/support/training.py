@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core.distributed import (
     DistributedDataParallel,
     DistributedDataParallelConfig,
@@ -24,6 +25,7 @@ from torch.nn.functional import cross_entropy, linear, pad
 from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.megatron.attention import packed_params
 from megatron_vopd.megatron.groups import Groups
+from megatron_vopd.megatron.microbatch import cp_chunks
 from megatron_vopd.megatron.model import head_weight
 
 ROW_LENGTH = 24
@@ -49,6 +51,21 @@ class Microbatch:
         lengths = [len(ids) for ids in self.sequences]
         filling = self.rows().numel() - sum(lengths)
         return [*lengths, filling] if filling else lengths
+
+    def cut(self, segment: int, multiple: int) -> tuple[torch.Tensor, torch.Tensor, list[int]]:
+        """Return ids [T], labels [T] and lengths of one packed row for context parallelism.
+
+        Sequences are filled up to a multiple of `segment`, the row to one of `multiple`; where
+        nothing is to be predicted the label is -100.
+        """
+        lengths = [len(ids) + -len(ids) % segment for ids in self.sequences]
+        pairs = list(zip(self.sequences, lengths, strict=True))
+        ids = torch.cat([pad(ids, (0, length - len(ids))) for ids, length in pairs])
+        pairs = list(zip(self.labels, lengths, strict=True))
+        labels = torch.cat([pad(y, (0, length - len(y)), value=-100) for y, length in pairs])
+        filling = -len(ids) % multiple
+        ids, labels = pad(ids, (0, filling)), pad(labels, (0, filling), value=-100)
+        return ids, labels, [*lengths, filling] if filling else lengths
 
     def split(self, outputs: torch.Tensor) -> list[torch.Tensor]:
         """Split outputs [B, S, ...] of `rows()` into sequences, without padding."""
@@ -108,6 +125,20 @@ def vocabulary_logits(
     return gather_from_tensor_model_parallel_region(shard, group=groups.tp)[..., : facts.vocab_size]
 
 
+def whole_sequences(
+    logits: torch.Tensor, batch: Microbatch, lengths: list[int], groups: Groups
+) -> list[torch.Tensor]:
+    """Join the cp ranks' logits [T / cp, V]; return those of every sequence, without filling."""
+    cp = groups.layout.cp
+    parts = [torch.empty_like(logits) for _ in range(cp)]
+    dist.all_gather(parts, logits.contiguous(), group=groups.process_groups.cp)
+    whole = logits.new_empty(sum(lengths), logits.shape[1])
+    for rank, part in enumerate(parts):
+        whole[cp_chunks(lengths, rank, cp)] = part
+    sequences = whole.split(lengths)
+    return [rows[: len(ids)] for rows, ids in zip(sequences, batch.sequences, strict=False)]
+
+
 def forward_backward(
     ddp: DistributedDataParallel,
     facts: ModelFacts,
@@ -117,6 +148,8 @@ def forward_backward(
     loss_sum: Callable[[torch.Tensor, Any, Microbatch], torch.Tensor] | None = None,
 ) -> list[list[torch.Tensor]]:
     """Add gradients of a token-mean loss to `main_grad`, over all data-parallel replicas.
+
+    Under context parallelism all microbatches are packed, and each rank has its part of the tokens.
 
     Args:
         loss_sum: hidden states, model, microbatch -> the sum over its tokens (cross-entropy).
@@ -133,8 +166,25 @@ def forward_backward(
         seen.append([row.detach() for row in logits])
         return cross_entropy(torch.cat(logits), torch.cat(batch.labels), reduction="sum")
 
+    def cut_step(batch: Microbatch, model: Any) -> Any:
+        cp = groups.layout.cp
+        ids, labels, lengths = batch.cut(2 * cp, 2 * cp * groups.layout.tp)
+        own = cp_chunks(lengths, groups.coordinates.cp, cp)
+        packing = packed_params(lengths, "cpu")
+        hidden = model(ids[own][None], own[None], None, packed_seq_params=packing)
+
+        def loss(output: torch.Tensor) -> Any:
+            logits = vocabulary_logits(output, model.module, facts, groups, sequence_parallel)[0]
+            seen.append(whole_sequences(logits.detach(), batch, lengths, groups))
+            total = cross_entropy(logits, labels[own], reduction="sum")
+            return total, (labels[own] >= 0).sum(dtype=torch.int), {"loss": total.detach()}
+
+        return hidden, loss
+
     def step(batch_iterator: Any, model: Any) -> Any:
         batch = next(batch_iterator)
+        if groups.layout.cp > 1:
+            return cut_step(batch, model)
         rows = batch.rows()
         packing = packed_params(batch.lengths(), "cpu") if batch.packed else None
         hidden = model(rows, torch.arange(rows.shape[1])[None], None, packed_seq_params=packing)

@@ -5,20 +5,12 @@ from __future__ import annotations
 import pytest
 
 from megatron_vopd.cli import main
-from megatron_vopd.config import load_config
 from megatron_vopd.config.world import layouts
 from megatron_vopd.hf.folder import read_model_folder
 from megatron_vopd.preflight.memory import Machine, estimate
 from tests.support import ROOT
+from tests.support.examples import EXAMPLES, example, local_models
 
-MODELS = ROOT / "tests" / "fixtures" / "models"
-# ranks; the models by the hub ids in the configuration
-EXAMPLES = {
-    "math_qwen3_1.7b": 1,
-    "math_qwen3_4b": 8,
-    "qwen3_8b_from_32b": 8,
-    "qwen3_4b_from_235b": 64,
-}
 # What the estimate leaves out on a GPU must find room too.
 USABLE = 0.9 * 80e9
 
@@ -33,13 +25,8 @@ def test_it_passes_the_check_and_fits(
     name: str, ranks: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    path = str(ROOT / "examples" / name / "config.yaml")
-    config = load_config(path, [])
-    folders = {
-        key: MODELS / model.path.split("/")[1]
-        for key, model in {"student": config.student, **config.named_teachers}.items()
-    }
-    local = [f"{key}.path={folder}" for key, folder in folders.items()]
+    path, local = str(ROOT / "examples" / name / "config.yaml"), local_models(name)
+    config = example(name)
     assert main(["check", path, "--world-size", str(ranks), *local]) == 0
     output = capsys.readouterr()
     assert "no problems found" in output.out and not output.err
@@ -48,7 +35,7 @@ def test_it_passes_the_check_and_fits(
     assert main(["check", path, "--world-size", str(ranks), *local, "--gpu-memory", "20"]) == 0
     assert "note: memory: rank " in capsys.readouterr().out
 
-    facts = {key: read_model_folder(str(folder)).facts for key, folder in folders.items()}
+    facts = {key: read_model_folder(path).facts for key, path in config.model_paths.items()}
     kind = "local" if config.parallel.backend == "local" else "te"
     memory = estimate(config, facts, layouts(config, ranks), Machine(kind, 80e9))
     assert len(memory) == ranks

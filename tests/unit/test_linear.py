@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import FileStore
 
 from megatron_vopd import objectives
-from megatron_vopd.ops import linear
 from megatron_vopd.vocab_parallel import VocabShard, linear_distill_loss
 from tests.support.settings import objective_settings
 
@@ -143,13 +142,6 @@ def test_modes_agree_and_frozen_parts_get_no_gradient(shard, dtype):
     torch.testing.assert_close(hidden.grad, results[0][1], rtol=0, atol=0)
     empty, _ = linear_distill_loss(x[:0].requires_grad_(), w, y[:0], u, labels[:0], shard, mixed)
     assert empty == 0 and empty.requires_grad
-
-
-def test_the_narrow_gradient_lives_in_the_scratch_memory():
-    gradient, scratch = torch.randn(3, 7), torch.full((3, 7), torch.nan)
-    low = linear.narrowed(gradient, torch.bfloat16, scratch)
-    assert torch.equal(low, gradient.bfloat16())
-    assert low.untyped_storage().data_ptr() == scratch.untyped_storage().data_ptr()
 
 
 PEAK = """

@@ -35,6 +35,7 @@ from megatron_vopd.rollout.engine import (
     response_seed,
 )
 from megatron_vopd.rollout.vllm.client import Dispatcher, RefusedByServerError, Server
+from megatron_vopd.rollout.vllm.server_check import require_context
 from megatron_vopd.rollout.weights.send import Sent, expected_weights, send_weights
 from megatron_vopd.types import Prompt, Rollout
 
@@ -59,6 +60,7 @@ class ServerSettings:
         stall_seconds: until a server that does not answer is given up.
         push_seconds: for one part of a push.
         start_seconds: until all servers are up, at first use.
+        max_model_len: longest prompt and response together, which the servers must take.
     """
 
     urls: tuple[str, ...]
@@ -72,6 +74,7 @@ class ServerSettings:
     stall_seconds: float = 60.0
     push_seconds: float = 120.0
     start_seconds: float = 600.0
+    max_model_len: int = 1
 
 
 class AllServersClient:
@@ -158,7 +161,8 @@ class ServerEngine:
 
         Raises:
             EngineError: one does not come up within `start_seconds`.
-            UserError: one was started without --logprobs-mode processed_logprobs.
+            UserError: one was started without --logprobs-mode processed_logprobs, or with a
+                shorter context than the run needs.
         """
         deadline = time.monotonic() + self.settings.start_seconds
         for server in self._servers:
@@ -168,6 +172,7 @@ class ServerEngine:
                         f"server {server.url} is not up after {self.settings.start_seconds:g} s"
                     )
                 time.sleep(0.2)
+            require_context(server, self.settings.max_model_len, self.settings.push_seconds)
             # The only token that is left has probability 1, unless log-probs are taken before that.
             body = _body([0], {"max_tokens": 1, "top_k": 1, "logprobs": 0, "seed": 0})
             answer = server.call("POST", GENERATE, body, self.settings.push_seconds)

@@ -12,6 +12,8 @@ from megatron_vopd.rollout.weights.send import BACKEND
 
 _TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK", "ROLE_RANK")
 _TORCHRUN += ("ROLE_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_NAME", "MASTER_ADDR", "MASTER_PORT")
+# Chosen for the trainer's exchanges, not for an engine's streams.
+_TRAINERS_OWN = ("CUDA_DEVICE_MAX_CONNECTIONS",)
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ class LocalSettings:
         kept = {
             key: value
             for key, value in inherited.items()
-            if key not in _TORCHRUN and not key.startswith("TORCHELASTIC_")
+            if key not in (*_TORCHRUN, *_TRAINERS_OWN) and not key.startswith("TORCHELASTIC_")
         }
         threads = self.cpu_threads or max(1, (os.cpu_count() or 1) // self.tp)
         kept |= {

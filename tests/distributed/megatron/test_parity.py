@@ -17,7 +17,15 @@ from torch.nn.functional import cross_entropy
 
 from megatron_vopd.megatron.weights import export_tensors
 from tests.support.harness import spawn
-from tests.support.layouts import DENSE_CASES, MOE_CASES, Case, build, enter
+from tests.support.layouts import (
+    CP_CASES,
+    DENSE_CASES,
+    MOE_CASES,
+    MOE_CP_CASES,
+    Case,
+    build,
+    enter,
+)
 from tests.support.tiny_models import DENSE, TinyModel
 from tests.support.training import Microbatch, forward_backward, make_microbatches, wrap
 
@@ -145,19 +153,22 @@ def _summary(results: list[list[dict]]) -> str:
     return f"logits {logits:.1e}, gradients {gradient:.1e}"
 
 
-@pytest.mark.parametrize("case", DENSE_CASES, ids=str)
+@pytest.mark.parametrize("case", (*DENSE_CASES, *CP_CASES), ids=str)
 def test_dense(case: Case, references: dict[str, list[Reference]]) -> None:
     _check(case, references["dense"])
 
 
-@pytest.mark.parametrize("case", MOE_CASES, ids=str)
+@pytest.mark.parametrize("case", (*MOE_CASES, *MOE_CP_CASES), ids=str)
 def test_moe(case: Case, references: dict[str, list[Reference]]) -> None:
     _check(case, references["moe"])
 
 
 @pytest.mark.parametrize("recompute", ["selective", "full"])
-def test_recomputed_activations(recompute: str, references: dict[str, list[Reference]]) -> None:
-    case = next(case for case in DENSE_CASES if case.name == "tp2-sp")
+@pytest.mark.parametrize("name", ["tp2-sp", "cp2-pp2"])
+def test_recomputed_activations(
+    name: str, recompute: str, references: dict[str, list[Reference]]
+) -> None:
+    case = next(case for case in (*DENSE_CASES, *CP_CASES) if case.name == name)
     _check(case, references["dense"], recompute)
 
 

@@ -12,7 +12,15 @@ from torch.nn.functional import cross_entropy
 from megatron_vopd.hf.mapping import ShardPlan, shard_parameters
 from megatron_vopd.megatron.weights import export_weights
 from tests.support.harness import spawn
-from tests.support.layouts import DENSE_CASES, MOE_CASES, Case, build, enter
+from tests.support.layouts import (
+    CP_CASES,
+    DENSE_CASES,
+    MOE_CASES,
+    MOE_CP_CASES,
+    Case,
+    build,
+    enter,
+)
 from tests.support.tiny_models import DENSE, TinyModel
 from tests.support.training import forward_backward, make_microbatches, make_optimizer, wrap
 
@@ -138,9 +146,14 @@ def test_moe(case: Case, single: dict, model_dirs: dict) -> None:
     _check(case, "moe", single, model_dirs, distributed=False)
 
 
-@pytest.mark.parametrize("case", [DENSE_CASES[4], MOE_CASES[1], MOE_CASES[4]], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [DENSE_CASES[4], MOE_CASES[1], MOE_CASES[4], CP_CASES[2], MOE_CP_CASES[0]],
+    ids=str,
+)
 def test_distributed_optimizer(case: Case, single: dict, model_dirs: dict) -> None:
-    kind = "moe" if case in MOE_CASES else "dense"
+    """Adam's state is split over dp and, under context parallelism, over cp."""
+    kind = "moe" if case.name.startswith("moe") else "dense"
     _check(case, kind, single, model_dirs, distributed=True)
 
 

@@ -38,6 +38,7 @@ VOCAB = 157
 CASES = (
     (Case("tp2-pp2", Layout(4, tp=2, pp=2)), TinyModel("qwen3", True, VOCAB)),
     (Case("dp2-pp2", Layout(4, pp=2)), TinyModel("llama", False, VOCAB)),
+    (Case("cp2-pp2", Layout(4, pp=2, cp=2)), TinyModel("qwen3", True, VOCAB)),
     (Case("pp2-ep2", Layout(4, pp=2, ep=2)), TinyModel("qwen3_moe", False, VOCAB)),
 )
 PROBE = make_probe(VOCAB, num_sequences=2, length=9)

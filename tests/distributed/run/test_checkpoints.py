@@ -32,7 +32,7 @@ from tests.support.tiny_models import TinyModel
 STUDENT = TinyModel("qwen3", True, VOCAB, overrides=(("num_hidden_layers", 2),))
 MOE = TinyModel("qwen3_moe", False, VOCAB, overrides=(("num_hidden_layers", 2),))
 LAYOUTS = {"tp2": Layout(2, tp=2), "pp2": Layout(2, pp=2), "dp2": Layout(2)}
-LAYOUTS["ep2"] = Layout(2, ep=2)
+LAYOUTS |= {"ep2": Layout(2, ep=2), "cp2": Layout(2, cp=2)}
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def moe(setup: Setup, tmp_path_factory: pytest.TempPathFactory) -> Setup:
 
 
 def cut(setup: Setup, layout: Layout, **changes: Any) -> Setup:
-    return replace(setup, case=Case("", layout), teacher_layout=layout, **changes)
+    return replace(setup, case=Case("", layout), teacher_layout=replace(layout, cp=1), **changes)
 
 
 def _trained(made: Made, num_steps: int) -> list[dict[str, float]]:
@@ -98,6 +98,7 @@ RESUMED = {
     "tp2-bf16": ("tp2", False, torch.bfloat16, 4, 0),
     "dp2-epoch": ("dp2", True, torch.float32, 8, 0),
     "dp2-epoch-ahead": ("dp2", True, torch.float32, 8, 1),
+    "cp2-distributed-bf16": ("cp2", True, torch.bfloat16, 4, 1),
     "moe-ep2": ("ep2", False, torch.float32, 4, 0),
     "moe-ep2-distributed": ("ep2", True, torch.float32, 4, 0),
     "moe-ep2-distributed-bf16": ("ep2", True, torch.bfloat16, 4, 1),
@@ -142,6 +143,7 @@ HOPS = {
     "tp2": (LAYOUTS["tp2"], False),
     "dp2": (LAYOUTS["dp2"], True),
     "pp2": (LAYOUTS["pp2"], False),
+    "cp2": (LAYOUTS["cp2"], True),
     "tp2 again": (LAYOUTS["tp2"], True),
     "dp2 again": (LAYOUTS["dp2"], False),
 }
@@ -179,7 +181,7 @@ def test_no_bit_changes_over_layouts_and_optimizers(setup: Setup, tmp_path: Path
             assert len(first) > 60
             changed = [sum(first[key] != other[key] for key in first) for other in others]
             print(f"\n{dtype}: {len(first)} tensors, changed at each hop: {changed}")
-            assert changed == [0] * 4
+            assert changed == [0] * 5
             assert all(other.keys() == first.keys() for other in others)
             assert len({first[key] for key in first if key.startswith("exp_avg_sq")}) > 20
 

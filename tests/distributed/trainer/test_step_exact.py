@@ -133,6 +133,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     [
         ("tp2-pp2", "tp4-two-kv-heads", SEVEN),
         ("dp2-distributed", "moe-ep2", ("vopd_full", "gated")),
+        ("cp2-distributed", "tp2-one-kv-head", ("vopd_full", "vopd_topk", "reverse")),
+        ("tp2-cp2-sp", "tp2-dp2", ("vopd_full", "hard")),
+        ("cp2-pp2", "same", ("vopd_full", "forward")),
     ],
 )
 def test_step(name: str, teacher_name: str, kinds: tuple[str, ...], models: Models) -> None:

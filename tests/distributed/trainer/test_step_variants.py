@@ -223,7 +223,14 @@ def _scores(setup: Setup, rollouts: list[Rollout], sequences: list[list[int]]) -
 
 
 @pytest.mark.parametrize(
-    "case", [Case("tp2-sp", Layout(2, tp=2), True), Case("dp2", Layout(2))], ids=str
+    "case",
+    [
+        Case("tp2-sp", Layout(2, tp=2), True),
+        Case("dp2", Layout(2)),
+        Case("cp2", Layout(2, cp=2)),
+        Case("cp2-pp2", Layout(4, pp=2, cp=2)),
+    ],
+    ids=str,
 )
 def test_the_students_own_logprobs_and_entropies(case: Case, folders: dict[str, str]) -> None:
     """They are as transformers computes them, and the same on every rank."""
@@ -235,7 +242,8 @@ def test_the_students_own_logprobs_and_entropies(case: Case, folders: dict[str, 
     sequences = [[*r.prompt.ids[-1:], *r.response_ids] for r in rollouts[:3]]
     with torch.no_grad():
         alone = [model(torch.tensor([ids])).logits[0].double().log_softmax(-1) for ids in sequences]
-    results = spawn(_scores, 2, Setup(case, folders["student"]), rollouts, sequences)
+    setup = Setup(case, folders["student"])
+    results = spawn(_scores, case.layout.world_size, setup, rollouts, sequences)
     for statistics, logprobs, entropy in results:
         for rollout, part, log_p, expected in zip(
             rollouts, statistics, log_probs, entropies, strict=True
@@ -250,7 +258,7 @@ def test_the_students_own_logprobs_and_entropies(case: Case, folders: dict[str, 
         error = abs(entropy - float(torch.cat(entropies).mean()))
         print(f"{case}: mean entropy {entropy:.6f} nats, transformers differs by {error:.1e}")
         assert error <= 1e-6
-    assert results[0][2] == results[1][2]
+    assert len({entropy for *_, entropy in results}) == 1
 
 
 def _unknown_teacher(setup: Setup, rollouts: list[Rollout]) -> str:
@@ -356,10 +364,11 @@ def _whole_step(setup: Setup) -> Any:
     return sink.recorded, engine.policy_version, entropy, sink.said
 
 
-def test_whole_steps_with_a_curriculum_and_grades(folders: dict[str, str]) -> None:
+@pytest.mark.parametrize("case", [Case("dp2", Layout(2)), Case("cp2", Layout(2, cp=2))], ids=str)
+def test_whole_steps_with_a_curriculum_and_grades(case: Case, folders: dict[str, str]) -> None:
     """Responses get longer rung by rung; versions, lengths and metrics are as they should be."""
     teachers = {"teacher": folders["teachers.a"]}
-    setup = Setup(Case("dp2", Layout(2)), folders["student"], teachers, Layout(2, tp=2))
+    setup = Setup(case, folders["student"], teachers, Layout(2, tp=2))
     results = spawn(_whole_step, 2, setup)
     (first, version, entropy, said), (second, other_version, other_entropy, _) = results
     for (step, values), (_, others), length in zip(first, second, LADDER, strict=True):

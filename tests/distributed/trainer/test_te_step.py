@@ -53,10 +53,7 @@ def _errors(setups: dict[str, Setup], rollouts: list[Rollout]) -> dict[str, Any]
         seen = {}
         kernels.called.clear()
         for key, (spec, dtype) in SPECS.items():
-            # Local layers know no context parallelism; a step does not depend on the layout.
-            same = spec == "te" or setup.case.layout.cp == 1
             own = replace(setup, layer_spec=spec, dtype=dtype)
-            own = own if same else replace(own, case=Case("", Layout(2)))
             destroy_groups()
             groups = enter(own.case)
             student = own.student(groups)

@@ -98,6 +98,7 @@ def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool
 LAYOUTS = {
     "dp2, teacher tp2": (Case("dp2", Layout(2)), Layout(2, tp=2), torch.float32),
     "tp2, teacher dp2, bf16": (Case("tp2", Layout(2, tp=2)), Layout(2), torch.bfloat16),
+    "cp2, teacher tp2": (Case("cp2", Layout(2, cp=2)), Layout(2, tp=2), torch.float32),
     "pp2, teacher pp2": (Case("pp2", Layout(2, pp=2)), Layout(2, pp=2), torch.float32),
     "tp2-pp2, teacher tp2": (
         Case("tp2-pp2", Layout(4, tp=2, pp=2)),
@@ -116,7 +117,7 @@ def dirs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
 @pytest.mark.parametrize(
     "name",
     [
-        name if i < 2 else pytest.param(name, marks=pytest.mark.slow)
+        name if i < 3 else pytest.param(name, marks=pytest.mark.slow)
         for i, name in enumerate(LAYOUTS)
     ],
 )

@@ -36,6 +36,12 @@ CASES: dict[str, tuple[int, int, list[str]]] = {
         ["optimizer.distributed=true", "student.dtype=bf16", "teacher.dtype=bf16"],
     ),
     "recompute, larger vocabulary": (1, 80000, ["student.recompute=full"]),
+    "cp2": (2, 32000, ["parallel.cp=2", "train.max_tokens_per_microbatch=1028"]),
+    "cp4, recompute": (
+        4,
+        32000,
+        ["parallel.cp=4", "student.recompute=selective", "train.max_tokens_per_microbatch=1032"],
+    ),
     "tp2 x pp2, teacher tp4": (4, 32000, ["parallel.tp=2", "parallel.pp=2", "teacher.tp=4"]),
 }
 

@@ -33,7 +33,7 @@ from tests.support.engines import (
 )
 from tests.support.harness import spawn
 from tests.support.layouts import Case, enter
-from tests.support.servers import Servers, running_servers
+from tests.support.servers import CONTEXT, Servers, running_servers
 
 pytestmark = needs_vllm
 TP2 = Case("tp2", Layout(2, tp=2))
@@ -49,7 +49,13 @@ def _served(
     engine = None
     if groups.is_leader:
         engine = ServerEngine(
-            ServerSettings(urls, start_seconds=240.0, stall_seconds=10.0, deadline_seconds=120.0)
+            ServerSettings(
+                urls,
+                start_seconds=240.0,
+                stall_seconds=10.0,
+                deadline_seconds=120.0,
+                max_model_len=CONTEXT,
+            )
         )
     found: dict[str, Any] = {"gaps": [], "reports": []}
 

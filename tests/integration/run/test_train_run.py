@@ -248,6 +248,33 @@ def _require_export(root: Path, run_dir: Path) -> None:
     assert gap <= 1e-4 and change > 1e-3
 
 
+@pytest.mark.timeout(1500)
+@slow_with_vllm
+def test_context_parallelism_changes_nothing(root: Path) -> None:
+    """Two steps at tp 2 x cp 2 and a third, resumed at tp 2: as three steps at tp 2 from the start.
+
+    One engine in both runs, which samples the same responses; sequences are filled up to four.
+    """
+    same = ("parallel.tp=2", "teacher.tp=2", "optimizer.distributed=true", "run.seed=3")
+    exact = ("objective.estimator=exact", "optimizer.eps=1e-4")
+    run_dir, _, _ = _finished(root, "uncut", 2, *same, *exact)
+    uncut = _lines(run_dir)
+    cut = ("parallel.cp=2", "parallel.sequence_parallel=true", "train.steps=2")
+    _finished(root, "cut", 4, *same, *exact, *cut)
+    run_dir, _, _ = _finished(root, "cut", 2, *same, *exact)
+    found = _lines(run_dir)
+    assert [line["step"] for line in found] == [1, 2, 3]
+    keys = ("loss/mean", "kl/reverse", "kl/forward", "entropy/student", "optim/grad_norm")
+    for line, expected in zip(found, uncut, strict=True):
+        assert line["loss/num_tokens"] == expected["loss/num_tokens"]
+        errors = {key: abs(line[key] / expected[key] - 1) for key in keys}
+        print(line["step"], errors)
+        assert max(errors.values()) <= 1e-5, errors
+        # The engine's log-probs are those of the trainer, who computes them over cp too.
+        assert line["weight_sync/probe_gap"] <= 1e-4 and line["mismatch/kl"] < 1e-6
+        assert line["optim/skipped"] == 0
+
+
 @pytest.mark.timeout(900)
 @slow_with_vllm
 @pytest.mark.parametrize("layout", [(), ("teacher.tp=2",)])

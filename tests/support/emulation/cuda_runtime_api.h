@@ -10,13 +10,15 @@
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <numeric>
+#include <utility>
 #include <vector>
 
 #define __device__
 #define __host__
 #define __global__
 #define __shared__ static
-#define __launch_bounds__(threads)
+#define __launch_bounds__(...)
 
 using cudaError_t = int;
 using cudaStream_t = void*;
@@ -30,9 +32,14 @@ struct dim3 {
 struct float4 {
     float x, y, z, w;
 };
+struct uint2 {
+    uint32_t x, y;
+};
 struct uint4 {
     uint32_t x, y, z, w;
 };
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
+inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulation {
@@ -56,6 +63,39 @@ struct Block {
 };
 
 inline Block* block = nullptr;
+// 0: threads run in order, each up to its next barrier. Else in an order drawn from it, and for
+// stretches of time only one warp runs, so that it gets as far ahead as barriers let it.
+inline uint32_t shuffle_seed = 0;
+
+struct Schedule {
+    std::vector<int> order;
+    uint32_t state;
+    int only = -1, stretch = 0;
+
+    Schedule(int threads, unsigned block) : order(threads), state(shuffle_seed + block) {
+        std::iota(order.begin(), order.end(), 0);
+    }
+
+    uint32_t draw(uint32_t below) {
+        state = state * 1664525u + 1013904223u;
+        return (state >> 8) % below;
+    }
+
+    void next() {
+        if (shuffle_seed == 0) {
+            return;
+        }
+        for (size_t i = order.size() - 1; i > 0; --i) {
+            std::swap(order[i], order[draw(i + 1)]);
+        }
+        if (--stretch < 0) {
+            stretch = static_cast<int>(draw(24));
+            only = static_cast<int>(draw(order.size() / 32 + 1)) - 1;
+        }
+    }
+
+    bool runs(int thread) const { return only < 0 || thread / 32 == only; }
+};
 
 inline void yield() {
     swapcontext(&block->fibers[block->current], &block->scheduler);
@@ -116,13 +156,14 @@ inline void launch(dim3 grid, int threads, size_t shared_bytes, void*, std::func
             here.fibers[t].uc_link = &here.scheduler;
             makecontext(&here.fibers[t], entry, 0);
         }
+        Schedule schedule(threads, b);
         for (int left = threads; left > 0;) {
-            left = 0;
-            for (int t = 0; t < threads; ++t) {
-                if (!here.done[t]) {
+            schedule.next();
+            for (const int t : schedule.order) {
+                if (!here.done[t] && schedule.runs(t)) {
                     here.current = t;
                     swapcontext(&here.scheduler, &here.fibers[t]);
-                    left += !here.done[t];
+                    left -= here.done[t];
                 }
             }
         }

@@ -89,7 +89,7 @@ def gradient_on(bounds, x, y, labels, coefficients, **options) -> torch.Tensor:
         gradient = autograd.student_gradient(student, teacher, local, merged, coefficients, problem)
         assert torch.count_nonzero(gradient[:, problem.num_valid :]) == 0
         again = autograd.student_gradient(
-            student, teacher, local, merged, coefficients, problem, in_place=True
+            student, teacher, local, merged, coefficients, problem, into="student"
         )
         torch.testing.assert_close(again, gradient, rtol=0, atol=0, equal_nan=True)
         return gradient[:, : problem.num_valid]
@@ -358,6 +358,23 @@ def test_results_do_not_depend_on_the_number_of_threads(isa):
     torch.set_num_threads(threads)
     for answer in answers[1:]:
         assert all(torch.equal(a, b) for a, b in zip(answer, answers[0], strict=True))
+
+
+def test_the_narrow_gradient_lies_at_the_beginning_of_the_teachers_rows():
+    """The twin of the CUDA operator; what is behind its rows stays as it was."""
+    x, y = rows("gaussian", 40)
+    labels = torch.arange(6)
+    packed = reference.local_stats(x, y, labels, 37, 0.7, 0)[0]
+    final = reference.merge_stats(packed[None], 1e-4)
+    coefficients = torch.ones(6, len(COEFFICIENTS), dtype=torch.float64)
+    arguments = (labels, final, coefficients, 37, 0.7)
+    expected = reference.logits_gradient(x, y, *arguments).bfloat16()
+    teacher = y.clone()
+    reference.logits_gradient_narrow_(x, teacher, *arguments)
+    assert torch.equal(reference.narrow_rows(teacher, 40), expected)
+    assert torch.equal(teacher[:, 20:], y[:, 20:])
+    with pytest.raises(NotImplementedError, match="CPU"):
+        native.resolve("cpu", CPU, torch.float32).logits_gradient_narrow_(x, teacher, *arguments)
 
 
 def test_operators_pass_opcheck():

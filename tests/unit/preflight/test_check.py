@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from megatron_vopd.cli import main
+from megatron_vopd.data import prompts
 from megatron_vopd.preflight.show import MAX_RANKS_SHOWN
 from tests.support import ROOT
 from tests.support.check_cases import EXPERTS, GOOD, make_workplace, run_check, save_model
@@ -59,11 +60,14 @@ CARELESS: list[tuple[str, tuple[str, str], list[str], str, str]] = [
     (
         "engine",
         ("", ""),
-        ["rollout.tp=16", "--world-size", "16"],
+        ["rollout.tp=16", "parallel.device=cpu", "--world-size", "16"],
         "rollout.tp",
         "divisor of the st",
     ),
     ("too long", ("", ""), ["data.max_prompt_tokens=4000"], "curriculum.ladder", "4096"),
+    ("no folder", ("", ""), ["run.dir=./config.yaml"], "run.dir", "/config.yaml' is no folder"),
+    ("data", ("org/prompts", "./config.yaml"), [], "data.train", "convert it to .jsonl"),
+    ("shared GPU", ("", ""), ["rollout.tp=2"], "rollout.tp", "rollout.engine=server"),
     ("warm-up", ("", ""), ["optimizer.warmup_steps=2000"], "optimizer.warmup_steps", "raise train"),
     ("override", ("", ""), ["train.step=4"], "train.step", "did you mean train.steps?"),
     ("no value", ("", ""), ["train.steps"], "'train.steps'", "section.key=value"),
@@ -102,7 +106,8 @@ class TestCareless:
         assert "check the path" in lines[0]
 
     def test_every_problem_is_listed(self, check: Run) -> None:
-        status, out, lines = check("rollout.tp=3", "teacher.pp=4", "--world-size", "8")
+        settings = ("rollout.tp=3", "parallel.device=cpu", "teacher.pp=4")
+        status, out, lines = check(*settings, "--world-size", "8")
         assert status == 2
         assert {line.split(":")[0] for line in lines[:-1]} == {"rollout.tp", "teacher.pp"}
         assert lines[-1] == f"{len(lines) - 1} problems found"
@@ -144,6 +149,43 @@ class TestOutput:
             ["2", "0", "1", "0", "2", "0", "0"],
             ["3", "0", "1", "1", "3", "0", "0"],
         ]
+
+    def test_gpus_that_do_not_sample_are_counted(self, check: Run) -> None:
+        """A local engine is on one GPU of a replica; the others wait while it samples."""
+        said = "note: rollout.engine: on GPUs 2 of 8 sample, one for each replica of the student"
+        assert said in check("parallel.tp=4", "--world-size", "8")[1]
+        served = ("rollout.engine=server", "rollout.urls=[http://127.0.0.1:8000]")
+        quiet = [("parallel.device=cpu",), served, ("parallel.tp=1",)]
+        for settings in quiet:
+            out = check("parallel.tp=4", "--world-size", "8", *settings)[1]
+            assert "sample, one" not in out, settings
+
+    def test_servers_get_what_the_run_needs(self, check: Run) -> None:
+        served = ("rollout.engine=server", "rollout.urls=[http://127.0.0.1:8000]")
+        said = "servers: each needs --max-model-len 1152 and --dtype bfloat16; `vopd server-comm"
+        assert said in check(*served)[1]
+        assert "servers:" not in check()[1]
+
+    def test_a_run_folder_that_cannot_be_written(
+        self, check: Run, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Root may write everywhere, so the answer of the system is a stand-in here."""
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+        status, _, lines = check("run.dir=./runs")
+        assert status == 2 and len(lines) == 2
+        assert lines[0].startswith("run.dir: got './runs/vopd', where '/")
+        assert "is not writable, expected a folder that can be written; choose another" in lines[0]
+
+    def test_the_beginning_of_the_prompts_is_read(self, workplace: Path, check: Run) -> None:
+        path = workplace / "train.jsonl"
+        path.write_text('{"prompt": "a"}\n' * 5)
+        assert check("data.train=./train.jsonl")[0] == 0
+        status, _, lines = check("data.train=./train.jsonl", "data.prompt_field=question")
+        assert status == 2 and lines[0].startswith("train.jsonl:1 question: got"), lines
+        path.write_text('{"prompt": "a"}\n' * prompts.FIRST_RECORDS + "torn")
+        assert check("data.train=./train.jsonl")[0] == 0, "a data set may have millions"
+        path.write_text("torn")
+        assert check("data.train=./train.jsonl")[0] == 2
 
     def test_expert_and_context_axes_appear_when_used(self, workplace: Path, check: Run) -> None:
         save_model(workplace / "teacher", **EXPERTS)

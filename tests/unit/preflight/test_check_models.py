@@ -43,6 +43,13 @@ MODELS: list[tuple[str, dict[str, Any], dict[str, Any], list[str], str, str]] = 
     ("kv heads", {"num_key_value_heads": 4}, {"num_attention_heads": 12, "num_key_value_heads": 4},
      ["teacher.tp=6", "rollout.num_prompts=60"], "teacher.tp", "num_key_value_heads=4"),
     ("experts", {}, EXPERTS, ["teacher.ep=4"], "teacher.ep", "num_experts=6"),
+    ("heads", {"num_attention_heads": 3, "num_key_value_heads": 2}, {}, [], "student.path",
+     "no multiple of num_key_value_heads=2"),
+    ("rope", {"rope_scaling": "yarn"}, {}, [], "student.path", "rope_scaling='yarn'; expected nul"),
+    ("rope type", {}, {"rope_parameters": {"rope_type": "spiral"}}, [], "teacher.path",
+     "a rope_type of default, linear, dynamic, llama3"),
+    ("yarn", {}, {"rope_scaling": {"type": "yarn", "factor": 4.0}}, [], "teacher.path",
+     "scales attention"),
     ("moe student", EXPERTS, {}, ["parallel.tp=2"], "parallel.tp", "sequence_parallel: true"),
     ("evaluation", {}, {}, ["data.evaluation=org/x"], "evaluation.max_tokens", "of student"),
 ]  # fmt: skip
@@ -84,6 +91,8 @@ class TestModels:
                 ["parallel.tp=2", "parallel.sequence_parallel=true", "teacher.ep=2"],
             ),
             ({}, {"vocab_size": 40}, []),
+            ({"rope_scaling": {"type": "yarn", "factor": 4.0, "attention_factor": 1}}, {}, []),
+            ({"rope_parameters": {"rope_type": "default"}, "rope_scaling": {}}, {}, []),
             ({}, {"num_attention_heads": 16, "num_key_value_heads": 2}, ["teacher.tp=8"]),
             ({"model_type": "llama"}, {"model_type": "qwen2"}, []),
             (
@@ -143,6 +152,25 @@ class TestModels:
         assert read_model_folder(str(workplace / "student")).eos_ids == {3}
         path.write_text(json.dumps({"eos_token": ["<end>"]}))
         assert read_model_folder(str(workplace / "student")).eos_ids == frozenset()
+
+    def test_missing_weights_and_tokenizers_are_noted(self, workplace: Path, check: Run) -> None:
+        """No mistake: a folder of facts is enough for a check. A run needs more, and refuses it."""
+        words = "not in the folder, and needed by a run"
+        assert f"student.path: {words}: 'model.safetensors'\n" in check()[1]
+        for key in ("student", "teacher"):
+            (workplace / key / "model.safetensors").touch()
+        status, out, _ = check()
+        assert status == 0 and words not in out
+        weights = {"a": "model-1-of-2.safetensors", "b": "model-2-of-2.safetensors"}
+        index = workplace / "student" / "model.safetensors.index.json"
+        index.write_text(json.dumps({"weight_map": weights}))
+        (workplace / "student" / weights["a"]).touch()
+        (workplace / "student" / "tokenizer.json").unlink()
+        expected = f"student.path: {words}: '{weights['b']}', 'tokenizer.json'\n"
+        assert expected in check()[1]
+        index.write_text("no JSON")
+        status, _, lines = check()
+        assert status == 2 and len(lines) == 2 and "index.json: no valid JSON" in lines[0]
 
     def test_code_in_a_model_folder_is_named_and_not_run(self, workplace: Path, check: Run) -> None:
         save_model(workplace / "teacher", auto_map={"AutoModel": "modeling_x.X"})

@@ -12,8 +12,9 @@ from megatron_vopd.config.loading import build_config
 from megatron_vopd.config.world import layouts
 from megatron_vopd.hf.facts import ModelFacts
 from megatron_vopd.preflight.activations import layer_memory
+from megatron_vopd.preflight.engine_memory import Engine
 from megatron_vopd.preflight.memory import Machine, RankMemory, estimate, workload
-from megatron_vopd.preflight.table import memory_lines, memory_notice
+from megatron_vopd.preflight.table import largest_line, memory_lines, memory_notice
 from megatron_vopd.run.dry_run import bytes_beside_tensors
 from megatron_vopd.types import Layout
 
@@ -141,7 +142,17 @@ class TestPhases:
         # 6 hidden, 6 queries, 4 keys, 5 intermediate widths
         assert cpu.kept == 4 * (6 * 8 + 6 * 8 + 4 * 4 + 5 * 16)
         assert cpu.kept - cpu.kept_selective == 4 * 8 and cpu.kept_full == 4 * 8
+        # In place of the keys: 5 / 2 of keys and values, recomputed if selective.
+        cut = layer_memory(FACTS, Layout(2, cp=2), "cpu", 4, trained=True)
+        assert cut.kept == cpu.kept + 4 * (5 * 4 - 4)
+        assert cut.kept_selective == cpu.kept_selective
+        local = [layer_memory(FACTS, Layout(4, cp=cp), "local", 2, trained=True) for cp in (1, 4)]
+        assert local[1].kept - local[0].kept == 2 * 2 * 8 * (9 / 2 - 1)
+        # Gradients of the repeated prefixes, of the prefixes, of the row: more than the MLP's.
+        gradients = 2 * (2 * 8 * 9 / 2 + 2 * 4 * 9 / 2 + 2 * 4 * 4)
+        assert local[1].backward == gradients + 2 * 2 * 8 > local[0].backward
         te = layer_memory(FACTS, one, "te", 2, trained=True)
+        assert layer_memory(FACTS, Layout(4, cp=4), "te", 2, trained=True) == te
         assert te.kept == 2 * (4 * 8 + (8 + 2 * 4) + 8 + (2 * 8 + 4) + 3 * 16)
         cut = layer_memory(FACTS, Layout(2, tp=2), "te", 2, trained=False, sequence_parallel=True)
         # hidden by sequence, queries, the repeated keys and the MLP by tp
@@ -170,12 +181,44 @@ class TestPhases:
         assert last.phases["backward"]["activations"] == 9 * (768 + 8 * 8) + passing
 
     def test_an_engine_shares_the_gpu_of_one_rank_per_replica(self) -> None:
-        gpu = Machine("te", 1e9)
+        gpu = Machine("te", 8e9)
         sections = {"parallel": {"tp": 2, "device": "cuda"}, "rollout": {"memory_fraction": 0.5}}
         memory = ranks(4, gpu, **sections)
-        assert [one.phases["rollout"]["engine"] for one in memory] == [5e8, 0, 5e8, 0]
-        assert memory[0].worst_phase == "push" and memory[0].peak > 5e8
-        assert "lower rollout.memory_fraction" in str(memory_notice(memory[0], 0.4))
+        assert [one.phases["rollout"]["engine"] for one in memory] == [4e9, 0, 4e9, 0]
+        assert memory[0].worst_phase == "push" and memory[0].peak > 4e9
+        # It takes none of the memory of a run that samples from servers, or not at all.
+        served = {"engine": "server", "urls": ["http://127.0.0.1:8000"]}
+        assert ranks(4, gpu, **sections | {"rollout": served})[0].phases["rollout"]["engine"] == 0
+        assert "lower rollout.memory_fraction" in str(memory_notice(memory[0], 4))
+
+    def test_a_sleeping_engine_is_not_nothing(self) -> None:
+        """Its process keeps a CUDA context, graphs and workspaces in all other phases."""
+        gpu = Machine("te", 1e9)
+        leader, other = ranks(2, gpu, parallel={"tp": 2})
+        for phase in ("scoring", "backward", "update", "loss"):
+            assert leader.phases[phase]["sleeping engine (assumed)"] == 2 * 2**30
+            assert "sleeping engine (assumed)" not in other.phases[phase]
+        for phase in ("rollout", "push"):
+            assert leader.phases[phase]["engine context (assumed)"] == 2**29
+        assert not any("assumed" in part for one in ranks()[0].phases.values() for part in one)
+        assert "(assumed) is not yet measured on a GPU" in largest_line(leader, 1.0)
+        assert "assumed" not in largest_line(ranks()[0], 1.0)
+
+    def test_a_push_passes_through_buffers(self) -> None:
+        """One for CUDA IPC that holds the largest tensor; two chunks under way for NCCL."""
+        gpu = Machine("te", 80e9)
+        assert ranks(machine=gpu)[0].phases["push"]["IPC buffer"] == 512 * 2**20
+        wide = replace(FACTS, vocab_size=151936, hidden_size=4096, tied=True)
+        assert Engine(1.0, item_size=2).buffers(wide) == {"IPC buffer": 151936 * 4096 * 2}
+        # The embedding alone, larger than a chunk, and once more where it is packed.
+        chunk = 151936 * 4096 * 2
+        by_nccl = Engine(by_nccl=True, item_size=2).buffers(wide)
+        assert by_nccl == {"NCCL chunks": 2 * chunk, "tensors of a chunk": chunk}
+        served = {"engine": "server", "urls": ["http://127.0.0.1:8000"], "dtype": "fp32"}
+        push = ranks(2, gpu, rollout=served, parallel={"tp": 2})
+        assert push[0].phases["push"]["NCCL chunks"] == 2 * 4 * WHOLE
+        assert "NCCL chunks" not in push[1].phases["push"]
+        assert "NCCL chunks" not in ranks(rollout=served)[0].phases["push"], "on a CPU"
 
     def test_an_offloaded_teacher_is_there_while_it_scores(self) -> None:
         stays = ranks(machine=Machine("te"))[0]

@@ -134,11 +134,12 @@ def test_a_source_that_fails_ends_the_engine(make: Any) -> None:
 def test_the_engine_does_not_see_torchrun(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID"):
         monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("CUDA_DEVICE_MAX_CONNECTIONS", "1")  # the trainer's choice
     engine = make()
     engine.start()
     found = engine._call("environment")
     assert not {key for key in found if key.startswith(("TORCHELASTIC", "MASTER_"))}
-    assert "RANK" not in found and "WORLD_SIZE" not in found
+    assert not {"RANK", "WORLD_SIZE", "CUDA_DEVICE_MAX_CONNECTIONS"} & set(found)
     assert found["GLOO_SOCKET_IFNAME"] == "lo" and found["VLLM_HOST_IP"] == "127.0.0.1"
     session = min(engine.processes())
     assert session != os.getsid(0) and len(session_pids(session)) == 2

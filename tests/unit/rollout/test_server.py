@@ -38,6 +38,7 @@ class Stub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.mode = "sound"
         self.version = "default"
+        self.context: Any = 4096
         self.calls: list[str] = []
         self.last_body: Any = None
         self.hang_after = 10**9
@@ -64,6 +65,8 @@ class Handler(BaseHTTPRequestHandler):
             self.server.gone.wait(20)
         if self.path == "/get_world_size":
             self.answer({"world_size": 2})
+        elif self.path == "/v1/models":
+            self.answer({"data": [{"id": "model", "max_model_len": self.server.context}]})
         elif self.path == "/weight_info":
             self.answer({"weight_version": self.server.version})
         else:
@@ -216,6 +219,17 @@ def test_clamped_logprobs_are_not_numbers(stubs: list[Stub]) -> None:
 def test_servers_that_report_other_logprobs_are_refused(stubs: list[Stub]) -> None:
     stubs[1].mode = "raw log-probs"
     with pytest.raises(UserError, match="--logprobs-mode processed_logprobs"):
+        _engine(stubs)
+
+
+def test_servers_with_too_short_a_context_are_refused(stubs: list[Stub]) -> None:
+    """vLLM would end every longer response there, and say that it is complete."""
+    _engine(stubs, max_model_len=4096)
+    with pytest.raises(UserError, match="got --max-model-len 4096, expected 5120 or more") as seen:
+        _engine(stubs, max_model_len=5120)
+    assert "vopd server-commands CONFIG" in str(seen.value) and "\n" not in str(seen.value)
+    stubs[1].context = None
+    with pytest.raises(EngineError, match="no max_model_len in"):
         _engine(stubs)
 
 

@@ -36,6 +36,7 @@ def test_servers_are_shared_out() -> None:
         assert isinstance(engine, ServerEngine) and engine.num_replicas == 1
         assert engine.settings.urls == engine.settings.push_urls == (URLS[leader],)
         assert engine.settings.transport == "shm" and engine.settings.dtype == "bfloat16"
+        assert engine.settings.max_model_len == 512, "not what the run needs"
     one = {"rollout.engine": "server", "rollout.urls": URLS[:1]}
     assert _make(one, 0).settings.push_urls == (URLS[0],)
     assert _make(one, 1).settings.push_urls == ()

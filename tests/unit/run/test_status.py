@@ -139,6 +139,7 @@ def start(workplace: Path, script: Path, **variables: str) -> subprocess.Popen[s
         "SLURM_JOB_ID": "7",
         "SLURM_JOB_NODELIST": "node[1-2]",
         "SLURM_JOB_NUM_NODES": "8",
+        "SLURM_CPUS_ON_NODE": "96",
         "SERVER_HEAD_START": "0.2",
     }
     return subprocess.Popen(

@@ -1,0 +1,1 @@
+"""`vopd doctor`: what is installed here, what of it does not work, and how to mend it."""
