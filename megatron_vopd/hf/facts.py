@@ -159,6 +159,14 @@ def kv_repeat(facts: ModelFacts, tp: int, trained: bool) -> int:
     return 1 if trained else max(1, tp // facts.num_kv_heads)
 
 
+def frozen_sequence_parallel(facts: ModelFacts, layout: Layout) -> bool:
+    """Return whether a frozen model's activations are cut along the sequence between tp ranks.
+
+    They are where it has experts: a tp rank then sends its own tokens to them, not all tokens.
+    """
+    return facts.is_moe and layout.tp > 1
+
+
 def layout_problems(
     facts: ModelFacts, layout: Layout, trained: bool, sequence_parallel: bool = False
 ) -> list[str]:

@@ -6,6 +6,13 @@ cut from its `Layout` and handed to every constructor and schedule by name.
 
 Both come as one frozen `Groups`. No group in it is None: a rank that is alone on an axis has a
 group of size one. That matters because torch reads `group=None` as the whole world.
+
+Groups are made by partitions of the world: lists of ranks of which every rank is in exactly one.
+Each partition is made once, whichever model and axis asks for it, and megatron-core's global state
+is given these groups too; the group of all ranks is the world itself. A rank calls `new_group` for
+its own list only (`use_local_synchronization`). torch names such a group after its members and the
+number of groups that the rank has made, so every rank has to make one group in every partition, in
+the same order: also a rank that is alone in it and has such a group already.
 """
 
 from __future__ import annotations
@@ -14,6 +21,7 @@ import datetime
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -39,6 +47,7 @@ _DECODER_GROUPS: dict[str, tuple[str, ...]] = {
     "tp_cp": ("tp", "cp"),
     "tp_dp_cp": ("tp", "dp", "cp"),
     "intra_dp_cp": ("dp", "cp"),
+    "intra_dist_opt": ("tp", "dp", "cp", "pp"),
 }
 _EXPERT_GROUPS: dict[str, tuple[str, ...]] = {
     "ep": ("ep",),
@@ -159,34 +168,33 @@ def student_groups(layout: Layout, seed: int = 0) -> Groups:
         seed: of megatron-core's random states, which recomputation and sequence parallelism fork.
     """
     from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
     from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
-    _require_world(layout)
-    parallel_state.initialize_model_parallel(
-        tensor_model_parallel_size=layout.tp,
-        pipeline_model_parallel_size=layout.pp,
-        context_parallel_size=layout.cp,
-        expert_model_parallel_size=layout.ep,
-        expert_tensor_parallel_size=1,
-        distributed_timeout_minutes=cast(int, _world_timeout() / datetime.timedelta(minutes=1)),
-    )
+    groups = independent_groups(layout)
+    _own_group(member_ranks(layout, ("tp", "dp")))  # which megatron-core alone asks for
+    original = parallel_state.create_group
+    parallel_state.create_group = partial(_known_or_new, original, _by_members())
+    try:
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=layout.tp,
+            pipeline_model_parallel_size=layout.pp,
+            context_parallel_size=layout.cp,
+            expert_model_parallel_size=layout.ep,
+            expert_tensor_parallel_size=1,
+            distributed_timeout_minutes=cast(int, _world_timeout() / datetime.timedelta(minutes=1)),
+            create_gloo_process_groups=False,
+        )
+    finally:
+        parallel_state.create_group = original
     model_parallel_cuda_manual_seed(seed)
-    process_groups = ProcessGroupCollection.use_mpu_process_groups(
-        [*_DECODER_GROUPS, *_EXPERT_GROUPS, "embd", "pos_embd", "intra_dist_opt"]
-    )
-    alone = _own_group([[rank] for rank in range(layout.world_size)])
-    for name in ("embd", "pos_embd"):
-        group = getattr(process_groups, name)
-        if group is None or dist.get_rank(group) < 0:
-            setattr(process_groups, name, alone)
-    return _frozen(layout, process_groups)
+    return groups
 
 
 def independent_groups(layout: Layout) -> Groups:
     """Create a second model's groups over the same world, apart from megatron-core's own state.
 
-    Called by every rank of the world, in the same order. Groups of equal members are created once.
+    Called by every rank of the world, in the same order. Nothing crosses the wire on nccl; gloo
+    connects the members of each group.
     """
     from megatron.core.process_groups_config import ProcessGroupCollection
 
@@ -196,23 +204,78 @@ def independent_groups(layout: Layout) -> Groups:
     stages = member_ranks(layout, ["pp"])
     ends = [sorted({ranks[0], ranks[-1]}) for ranks in stages]
     middle = [[rank] for ranks in stages for rank in ranks[1:-1]]
-    wanted["embd"] = ends + middle
     wanted["pos_embd"] = [[rank] for ranks in stages for rank in ranks]
-    created: dict[str, dist.ProcessGroup] = {}
-    groups: dict[str, dist.ProcessGroup] = {}
-    for name, members in wanted.items():
-        key = repr(members)
-        if key not in created:
-            created[key] = _own_group(members)
-        groups[name] = created[key]
-    return _frozen(layout, ProcessGroupCollection(**groups))
+    wanted["embd"] = ends + middle
+    process_groups = ProcessGroupCollection(
+        **{name: _own_group(members) for name, members in wanted.items()}
+    )
+    return _frozen(layout, process_groups)
+
+
+Partition = tuple[tuple[int, ...], ...]
+
+
+@dataclass(frozen=True)
+class _Made:
+    """The groups that this rank is in, by the partition of the world in which they were made."""
+
+    world: dist.ProcessGroup
+    groups: dict[Partition, dist.ProcessGroup]
+
+
+_made: _Made | None = None
+
+
+def _made_groups() -> dict[Partition, dist.ProcessGroup]:
+    """Return the groups made in the present world; those of an earlier world are forgotten."""
+    global _made
+    world = dist.group.WORLD
+    assert world is not None, "groups are made in a world"
+    if _made is None or _made.world is not world:
+        everyone = (tuple(range(dist.get_world_size())),)
+        _made = _Made(world, {everyone: world})
+    return _made.groups
 
 
 def _own_group(members: list[list[int]]) -> dist.ProcessGroup:
-    """Create one group per list (every rank must call with the same lists); return this rank's."""
-    own, _ = dist.new_subgroups_by_enumeration(members, timeout=_world_timeout())
-    assert isinstance(own, dist.ProcessGroup), f"rank {dist.get_rank()} is in none of {members}"
-    return own
+    """Return this rank's group of a partition of the world, made unless there is one.
+
+    Args:
+        members: every rank in exactly one list; every rank calls with the same lists.
+    """
+    made, rank = _made_groups(), dist.get_rank()
+    partition = tuple(sorted(tuple(sorted(ranks)) for ranks in members))
+    if partition not in made:
+        own = next(ranks for ranks in partition if rank in ranks)
+        group = dist.new_group(list(own), timeout=_world_timeout(), use_local_synchronization=True)
+        assert isinstance(group, dist.ProcessGroup), f"rank {rank} is in no group of {own}"
+        made[partition] = group
+    return made[partition]
+
+
+def _by_members() -> dict[tuple[int, ...], dist.ProcessGroup | None]:
+    """Return the group of each list of all partitions made so far; None: this rank is not in it."""
+    found: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+    for partition, group in _made_groups().items():
+        for ranks in partition:
+            found.setdefault(ranks, group if dist.get_rank() in ranks else None)
+    return found
+
+
+def _known_or_new(
+    original: Any,
+    known: dict[tuple[int, ...], dist.ProcessGroup | None],
+    ranks: list[int],
+    **settings: Any,
+) -> dist.ProcessGroup | None:
+    """Return the group of `ranks`, for megatron-core; None on a rank that is no member.
+
+    A list that is in no partition goes to megatron-core's own function, which all ranks call.
+    """
+    wanted = tuple(sorted(ranks))
+    if wanted not in known:
+        known[wanted] = original(ranks, **settings)
+    return known[wanted]
 
 
 def _world_timeout() -> datetime.timedelta:

@@ -119,6 +119,15 @@ def empty_row(like: Row) -> Microbatch:
     return Microbatch(ids_S, segment, none, none, None, None, like.teacher, ())
 
 
+def filled_row(row: Microbatch, multiple: int) -> Microbatch:
+    """Return the row with filling behind its last sequence, up to a multiple of tokens."""
+    filling = -len(row.ids_S) % multiple
+    if not filling:
+        return row
+    ids_S = torch.cat([row.ids_S, torch.full((filling,), FILLING_ID, dtype=torch.int64)])
+    return replace(row, ids_S=ids_S, lengths=(*row.lengths, filling))
+
+
 def cp_chunks(lengths: Sequence[int], rank: int, cp: int) -> Tensor:
     """Return the positions of a whole row that cp rank `rank` holds, [S / cp], in its order.
 

@@ -199,7 +199,7 @@ def transformer_config(
         bf16=options.dtype == torch.bfloat16,
         pipeline_dtype=options.dtype,
         variable_seq_lengths=True,
-        deallocate_pipeline_outputs=not on_cpu,
+        deallocate_pipeline_outputs=True,
         tensor_model_parallel_size=layout.tp,
         pipeline_model_parallel_size=layout.pp,
         context_parallel_size=layout.cp,

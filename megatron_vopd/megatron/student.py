@@ -97,7 +97,9 @@ def load_student(
         grad_reduce_in_fp32=True, use_distributed_optimizer=section.distributed
     )
     model = DistributedDataParallel(bare.config, buffers, bare)
-    optimizer = get_megatron_optimizer(_optimizer_config(section, options), [model])
+    # megatron-core's own checkpoints would gather moments over gloo; ours are in `checkpoint`.
+    own = _optimizer_config(section, options)
+    optimizer = get_megatron_optimizer(own, [model], use_gloo_process_groups=False)
     scheduler = make_scheduler(optimizer, section, num_steps)
     return Student(model, facts, groups, options, optimizer, scheduler, section.clip_grad)
 

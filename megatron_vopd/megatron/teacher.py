@@ -6,6 +6,9 @@ hidden state of every response token, [T, D], which is smaller than logits by V 
 last stage holds the teacher's head, cut on the *student's* vocabulary boundaries, so the loss
 multiplies both heads on the same columns of the same rank.
 
+With experts and tp > 1 a teacher is sequence parallel: otherwise each tp rank would send all tokens
+to the experts, who would compute every one of them tp times.
+
 What crosses the wire: from tp rank 0 of the teacher's last stage to tp rank 0 of the student's last
 stage, [T, D] per microbatch, point to point, all messages posted at once and in the same order on
 every rank; what a rank owes itself is not sent. Then one broadcast per microbatch over the
@@ -24,12 +27,19 @@ from torch import Tensor
 
 from megatron_vopd.collectives import broadcast_from_position
 from megatron_vopd.errors import UserError
-from megatron_vopd.hf.facts import ModelFacts, kv_repeat
+from megatron_vopd.hf.facts import ModelFacts, frozen_sequence_parallel, kv_repeat
 from megatron_vopd.hf.tensors import SafetensorsFolder, read_config
 from megatron_vopd.megatron.forward import forward_hidden
 from megatron_vopd.megatron.groups import Groups
 from megatron_vopd.megatron.host_copy import host_copies
-from megatron_vopd.megatron.microbatch import Microbatch, Row, cp_tokens, deal, empty_row
+from megatron_vopd.megatron.microbatch import (
+    Microbatch,
+    Row,
+    cp_tokens,
+    deal,
+    empty_row,
+    filled_row,
+)
 from megatron_vopd.megatron.model import ModelOptions, build_model
 from megatron_vopd.megatron.weights import load_weights
 from megatron_vopd.vocab_parallel import VocabShard
@@ -89,9 +99,12 @@ class Teacher:
         Raises:
             ModelError, LayoutError: the folder is no supported model, or cannot be cut this way.
         """
-        options = ModelOptions(options.dtype, options.device, options.layer_spec, trained=False)
         config, self.facts = read_config(model_dir)
+        cut = frozen_sequence_parallel(self.facts, groups.layout)
+        known = (options.dtype, options.device, options.layer_spec)
+        options = ModelOptions(*known, sequence_parallel=cut, trained=False)
         self.groups, self._device = groups, options.device
+        self._alignment = groups.layout.tp if cut else 1
         self._model = build_model(config, self.facts, groups, options)
         repeat = kv_repeat(self.facts, groups.layout.tp, trained=False)
         load_weights(self._model, self.facts, groups, model_dir, options.layer_spec, repeat)
@@ -114,6 +127,7 @@ class Teacher:
         Every rank of a replica calls it with the same rows, every replica with equally many.
         """
         self._to_device()
+        rows = [filled_row(row, self._alignment) for row in rows]
         hidden = forward_hidden(self._model, self.groups, rows, self._device)
         self._to_host()
         return hidden

@@ -27,7 +27,7 @@ from functools import cache
 from megatron_vopd.config.method import RolloutSection
 from megatron_vopd.config.schema import Config, StudentSection, TeacherSection
 from megatron_vopd.hf.dtypes import CONFIG_DTYPES
-from megatron_vopd.hf.facts import ModelFacts, kv_repeat
+from megatron_vopd.hf.facts import ModelFacts, frozen_sequence_parallel, kv_repeat
 from megatron_vopd.hf.mapping import shard_parameters
 from megatron_vopd.preflight.activations import Kind, LayerMemory, Recompute, layer_memory
 from megatron_vopd.preflight.engine_memory import Engine, engine_phases
@@ -209,10 +209,9 @@ def _student(
 
 
 def _teacher(dtype: str, facts: ModelFacts, layout: Layout, machine: Machine) -> _Model:
-    size = CONFIG_DTYPES[dtype].num_bytes
-    return _Model(
-        facts, layout, size, layer_memory(facts, layout, machine.kind, size, False, False)
-    )
+    size, cut = CONFIG_DTYPES[dtype].num_bytes, frozen_sequence_parallel(facts, layout)
+    layer = layer_memory(facts, layout, machine.kind, size, False, cut)
+    return _Model(facts, layout, size, layer)
 
 
 def _rank_memory(

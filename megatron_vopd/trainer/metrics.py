@@ -112,7 +112,10 @@ def _mismatch_sums(
         ratio = importance_ratio(stats, rollout_logprob_T)
         terms = {"mismatch/ratio_mean": ratio, "mismatch/kl": ratio - 1 - ratio.log()}
         groups = ["num_rollout"]
-    sums = {key: term.detach().double()[known].sum() for key, term in terms.items()}
+    # Not `term[known]`: on a GPU the host would wait for the number of known tokens.
+    sums = {
+        key: torch.where(known, term.detach().double(), 0.0).sum() for key, term in terms.items()
+    }
     return sums | dict.fromkeys(groups, known.double().sum())
 
 

@@ -109,7 +109,7 @@ def make_optimizer(ddp: Any, distributed: bool) -> Any:
         params_dtype=torch.float32,
         use_distributed_optimizer=distributed,
     )
-    return get_megatron_optimizer(config, [ddp])
+    return get_megatron_optimizer(config, [ddp], use_gloo_process_groups=False)
 
 
 def vocabulary_logits(
