@@ -6,23 +6,22 @@ are assumptions, not yet measured on a GPU, and are marked so wherever they are 
 process holds asleep (CUDA context, CUDA graphs, workspaces), and the context that comes on top of
 its share.
 
-A push to it passes through one buffer for CUDA IPC. To servers, NCCL sends chunks of whole tensors,
-two of them under way, each closed by the tensor with which it exceeds its size.
+A push to it passes through one buffer for CUDA IPC, which the trainer keeps; to servers, through
+chunks that NCCL sends (`hf.push_buffers`).
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
 
 from megatron_vopd.hf.facts import ModelFacts
-from megatron_vopd.hf.mapping import hf_shape, hf_tensors, layer_units
+from megatron_vopd.hf.mapping import hf_shape, layer_units
+from megatron_vopd.hf.push_buffers import NCCL_NUM_BUFFERS, ipc_buffer_bytes, largest_nccl_chunk
 
 ASSUMED = "(assumed)"
 # Between 1.5 and 3 GiB, and about half a GiB, by experience with such processes.
 ASLEEP_BYTES, CONTEXT_BYTES = 2 * 2**30, 2**29
-IPC_BYTES, NCCL_CHUNK_BYTES, NCCL_CHUNKS = 2**29, 2**30, 2
 
 
 @dataclass(frozen=True)
@@ -50,16 +49,18 @@ class Engine:
         context = {f"engine context {ASSUMED}": CONTEXT_BYTES} if self.share else {}
         return {"engine": self.share} | context
 
-    def buffers(self, facts: ModelFacts) -> dict[str, float]:
-        """Return part -> bytes through which a push of the student's weights passes."""
-        if not self.share and not self.by_nccl:
+    def kept(self, facts: ModelFacts) -> dict[str, float]:
+        """Return part -> bytes that the trainer keeps, from its first push to a local engine on."""
+        size = ipc_buffer_bytes(facts, self.item_size)
+        return {"IPC buffer": size} if self.share else {}
+
+    def chunks(self, facts: ModelFacts) -> dict[str, float]:
+        """Return part -> bytes that a push to servers packs the student's weights into."""
+        if not self.by_nccl:
             return {}
-        if self.share:
-            largest = max(math.prod(shape) for shape in hf_tensors(facts).values())
-            return {"IPC buffer": max(IPC_BYTES, largest * self.item_size)}
         # Packing copies a chunk's tensors before they are dropped.
-        chunk = _largest_chunk(facts, self.item_size)
-        return {"NCCL chunks": NCCL_CHUNKS * chunk, "tensors of a chunk": chunk}
+        chunk = largest_nccl_chunk(facts, self.item_size)
+        return {"NCCL chunks": NCCL_NUM_BUFFERS * chunk, "tensors of a chunk": chunk}
 
 
 def engine_phases(facts: ModelFacts, item_size: int, engine: Engine) -> dict[str, dict[str, float]]:
@@ -73,15 +74,4 @@ def engine_phases(facts: ModelFacts, item_size: int, engine: Engine) -> dict[str
     layer = sum(math.prod(hf_shape(name, facts)) for name in names)
     embedding = facts.vocab_size * facts.hidden_size
     groups = {"layer groups": 2 * max(layer, embedding) * item_size}
-    return {"rollout": engine.awake, "push": groups | engine.buffers(facts) | engine.awake}
-
-
-@cache
-def _largest_chunk(facts: ModelFacts, item_size: int) -> int:
-    """Return the bytes of the largest chunk of whole tensors, taken in the order of the push."""
-    chunk = largest = 0
-    for shape in hf_tensors(facts).values():
-        chunk += math.prod(shape) * item_size
-        largest = max(largest, chunk)
-        chunk = 0 if chunk > NCCL_CHUNK_BYTES else chunk
-    return largest
+    return {"rollout": engine.awake, "push": groups | engine.chunks(facts) | engine.awake}

@@ -34,7 +34,6 @@ from megatron_vopd.preflight.engine_memory import Engine, engine_phases
 from megatron_vopd.types import LOSS_CHUNK, Coordinates, Layout
 
 GRADIENT_SIZE = MOMENT_SIZE = MASTER_SIZE = LOGIT_SIZE = 4
-HELD = ("student weights", "gradients", "optimizer", "teacher weights", "teacher head")
 
 
 @dataclass(frozen=True)
@@ -246,6 +245,7 @@ def _rank_memory(
     phases = {"scoring": scoring}
     phases |= _training(student, place.pp, work, machine, waiting)
     own = engine if place.is_leader else Engine()
+    held |= own.kept(student.facts)
     phases = {name: parts | own.asleep for name, parts in phases.items()}
     phases |= engine_phases(student.facts, student.item_size, own)
     return RankMemory(rank, held, phases, host)

@@ -317,7 +317,7 @@ class LocalEngine:
             from megatron_vopd.rollout.weights.ipc import IpcSender
 
             facts, _ = read_facts(f"{self.settings.model_dir}/config.json")
-            self._ipc = IpcSender(ipc_buffer_bytes(facts, self.settings.dtype))
+            self._ipc = IpcSender(ipc_buffer_bytes(facts, dtype.itemsize))
         return self._ipc.send(tensors, _PipeClient(self._call), dtype, weight_version)
 
     def _reset_cache(self) -> None:

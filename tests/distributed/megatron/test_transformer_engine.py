@@ -17,7 +17,7 @@ import torch
 from megatron_vopd.checkpoint.sharded import entries, shards
 from megatron_vopd.config import load_config
 from megatron_vopd.config.world import layouts
-from megatron_vopd.hf.facts import kv_repeat
+from megatron_vopd.hf.facts import frozen_sequence_parallel, kv_repeat
 from megatron_vopd.hf.mapping import LayerSpec, shard_parameters
 from megatron_vopd.hf.tensors import read_config
 from megatron_vopd.megatron.groups import Groups, independent_groups, student_groups
@@ -87,8 +87,9 @@ def _example(name: str, ranks: list[int], world_size: int) -> list[Whole]:
             own |= {key: independent_groups(cuts[key]) for key in config.named_teachers}
             for key, path in paths.items():
                 trained = key == "student"
-                cut = trained and config.parallel.sequence_parallel
                 known = read_config(MODELS / path.split("/")[1])
+                cut = config.parallel.sequence_parallel
+                cut = cut if trained else frozen_sequence_parallel(known[1], cuts[key])
                 options: dict[str, Any] = {"trained": trained, "sequence_parallel": cut}
                 model, plans = _built(*known, own[key], "te", "cuda", **options)
                 found.append(
@@ -185,7 +186,8 @@ def _compare_all(folders: list[tuple[str, bool]]) -> list[Compared]:
         for layout in FROZEN_LAYOUTS[is_moe]:
             with fake_world(layout.world_size - 1, layout.world_size):
                 student_groups(Layout(layout.world_size))
-                found.append(_compared(folder, independent_groups(layout), False, False))
+                # As teachers are: those with experts are sequence parallel.
+                found.append(_compared(folder, independent_groups(layout), False, is_moe))
     return found
 
 

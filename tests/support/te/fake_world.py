@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 from collections.abc import Iterator
-from typing import Any
 
 import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -13,27 +12,17 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from megatron_vopd.megatron import groups
 
 
-def _without_gloo(original: Any) -> Any:
-    """Wrap megatron-core's making of groups: their gloo twins would wait for the other ranks."""
-
-    def initialize(**settings: Any) -> None:
-        original(**{**settings, "create_gloo_process_groups": False})
-
-    return initialize
-
-
 @contextlib.contextmanager
 def fake_world(rank: int, size: int) -> Iterator[None]:
     """Be rank `rank` of `size`; the world that this process is in is left for good."""
     from megatron.core import parallel_state
 
-    original, timeout = parallel_state.initialize_model_parallel, groups._world_timeout
+    timeout = groups._world_timeout
     dist.destroy_process_group()
     dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-    parallel_state.initialize_model_parallel = _without_gloo(original)
     groups._world_timeout = lambda: datetime.timedelta(seconds=60)
     try:
         yield
     finally:
         parallel_state.destroy_model_parallel()
-        parallel_state.initialize_model_parallel, groups._world_timeout = original, timeout
+        groups._world_timeout = timeout

@@ -207,12 +207,12 @@ class TestPhases:
     def test_a_push_passes_through_buffers(self) -> None:
         """One for CUDA IPC that holds the largest tensor; two chunks under way for NCCL."""
         gpu = Machine("te", 80e9)
-        assert ranks(machine=gpu)[0].phases["push"]["IPC buffer"] == 512 * 2**20
+        assert ranks(machine=gpu)[0].held["IPC buffer"] == 512 * 2**20
         wide = replace(FACTS, vocab_size=151936, hidden_size=4096, tied=True)
-        assert Engine(1.0, item_size=2).buffers(wide) == {"IPC buffer": 151936 * 4096 * 2}
+        assert Engine(1.0, item_size=2).kept(wide) == {"IPC buffer": 151936 * 4096 * 2}
         # The embedding alone, larger than a chunk, and once more where it is packed.
         chunk = 151936 * 4096 * 2
-        by_nccl = Engine(by_nccl=True, item_size=2).buffers(wide)
+        by_nccl = Engine(by_nccl=True, item_size=2).chunks(wide)
         assert by_nccl == {"NCCL chunks": 2 * chunk, "tensors of a chunk": chunk}
         served = {"engine": "server", "urls": ["http://127.0.0.1:8000"], "dtype": "fp32"}
         push = ranks(2, gpu, rollout=served, parallel={"tp": 2})
