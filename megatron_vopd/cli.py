@@ -154,8 +154,8 @@ def _add_exit_code(commands: Any) -> None:
 
 def _take_config(parser: argparse.ArgumentParser, meaning: str) -> None:
     parser.add_argument("config", metavar="CONFIG", help=meaning)
-    setting = {"metavar": "section.key=value", "help": "settings that replace the file's"}
-    parser.add_argument("overrides", nargs="*", default=[], **setting)
+    what = "settings that replace the file's"
+    parser.add_argument("overrides", nargs="*", default=[], metavar="section.key=value", help=what)
 
 
 def _add_servers(commands: Any) -> None:

@@ -8,6 +8,7 @@ registered until the process ends. Registering has not yet run on a GPU.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,7 +26,8 @@ def pin(block: Tensor) -> None:
     """
     size = block.numel() * block.element_size()
     try:
-        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(block.data_ptr(), size, 0))
+        cudart: Any = torch.cuda.cudart()
+        torch.cuda.check_error(cudart.cudaHostRegister(block.data_ptr(), size, 0))
     except torch.cuda.CudaError as error:
         raise UserError(
             f"teacher.offload: got {str(error).strip()} for {size / 2**30:.1f} GiB, expected host "

@@ -138,7 +138,7 @@ SMALL_RESUMABLE = replace(SMALL, vocab_size=resumable.VOCAB).model()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
     for name in ("steps", "skip", "resume"):
         command = commands.add_parser(name)

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from torch.cuda import nccl
 
 PACKAGES = ("torch", "megatron-core", "transformers", "transformer-engine", "vllm", "triton")
 
@@ -42,7 +43,7 @@ def main() -> int:
     if device == "cuda":
         found = torch.cuda.get_device_properties(0)
         print(f"{found.name}, {found.total_memory / 2**30:.1f} GiB, sm_{found.major}{found.minor}")
-        print(f"NCCL {'.'.join(map(str, torch.cuda.nccl.version()))}")
+        print(f"NCCL {'.'.join(map(str, nccl.version()))}")
     size, width = (2**30, 8192) if device == "cuda" else (2**24, 512)
     source = torch.ones(size, dtype=torch.float32, device=device)
     target = torch.empty_like(source)

@@ -99,7 +99,8 @@ def rollouts() -> list[Rollout]:
 
 def traced(objective: Objective, group: dist.ProcessGroup) -> dict[str, Any]:
     """Run one packed row through loss and metrics; return what was seen in each."""
-    ((row,),) = pack(rollouts(), PackingSettings(num_replicas=1, max_tokens=64))
+    ((planned,),) = pack(rollouts(), PackingSettings(num_replicas=1, max_tokens=64))
+    row = planned.microbatch
     operator, sums, reduction = Watch(), Watch(), Watch()
     with FakeTensorMode(shape_env=ShapeEnv(), allow_non_fake_inputs=True):
         new = torch.empty

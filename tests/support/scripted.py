@@ -178,9 +178,9 @@ def _misbehave(
 ) -> list[Rollout]:
     """Make one fault, in the first rollout or between the first and the last."""
     first, last, middle = rollouts[0], rollouts[-1], rollouts[1:-1]
-    ids = first.response_ids
+    ids = tuple(first.response_ids)
     assert first.rollout_logprobs is not None
-    logprobs = first.rollout_logprobs
+    logprobs = tuple(first.rollout_logprobs)
 
     def with_response(new_ids: tuple[int, ...], new_logprobs: tuple | None) -> list[Rollout]:
         changed = replace(first, response_ids=new_ids, rollout_logprobs=new_logprobs)

@@ -23,8 +23,9 @@ def require_context(server: Server, wanted: int, seconds: float) -> None:
     answer = server.call("GET", "/v1/models", seconds=seconds)
     models = answer.get("data") if isinstance(answer, dict) else None
     entries = [one for one in models if isinstance(one, dict)] if isinstance(models, list) else []
-    limits = [one.get("max_model_len") for one in entries]
-    if not limits or not all(isinstance(limit, int) for limit in limits):
+    found = [one.get("max_model_len") for one in entries]
+    limits = [limit for limit in found if isinstance(limit, int)]
+    if not limits or limits != found:
         raise EngineError(f"server {server.url}, /v1/models: no max_model_len in {shown(answer)}")
     if min(limits) < wanted:
         raise UserError(

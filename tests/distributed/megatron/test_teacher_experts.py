@@ -37,8 +37,8 @@ ROLLOUTS = make_rollouts(9, VOCAB, longest=17)
 def _rows() -> list[Any]:
     """Pack rows of odd lengths, the same for every replica."""
     (rows,) = pack(ROLLOUTS, PackingSettings(1, ROW))
-    assert any(len(row.ids_S) % 2 for row in rows)
-    return rows
+    assert any(row.size % 2 for row in rows)
+    return [row.microbatch for row in rows]
 
 
 def _score_and_count(folder: str) -> list[tuple[list[torch.Tensor], int]]:

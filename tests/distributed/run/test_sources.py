@@ -104,7 +104,7 @@ def _built(root: Path) -> dict[str, Any]:
         patch.setattr(PromptTokenizer, "encoded", counted)
         patch.setattr(PromptTokenizer, "encoded_response", counted_response)
         config = build_config(_settings(root))
-        models = sound_models(config)
+        models = sound_models(config, "cpu")
         parts = build(config, models, "cpu", lambda _, ids: (RandomEngine(ids), None), stack)
         found, asked, num_texts = parts.sources, dict(hub.asked), texts[0]
         # What each rank would have read by itself.
@@ -172,7 +172,7 @@ def _refused(root: Path) -> list[str]:
         ):
             _enter(root, patch)
             config = build_config(_settings(root, **changes))
-            models = sound_models(config)
+            models = sound_models(config, "cpu")
             build(config, models, "cpu", lambda _, ids: (RandomEngine(ids), None), stack)
         messages.append(str(caught.value))
     return messages

@@ -54,7 +54,7 @@ def test_flags_of_servers_are_vllms(name: str, on_gpu: bool) -> None:
     for number, command in enumerate(server_commands(config.rollout, *known)):
         words = shlex.split(command)
         flags = words[words.index(API_SERVER) + 1 :]
-        parsed = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
+        parsed: Any = make_arg_parser(FlexibleArgumentParser()).parse_args(flags)
         validate_parsed_serve_args(parsed)
         assert (parsed.host, parsed.port) == ("127.0.0.1", 8000 + number)
         assert parsed.enable_scale_out and parsed.generation_config == "vllm"
@@ -66,7 +66,8 @@ def test_flags_of_servers_are_vllms(name: str, on_gpu: bool) -> None:
         assert model.logprobs_mode == "processed_logprobs" and model.skip_tokenizer_init
         assert arguments.load_format == "dummy"
         backend = "nccl" if on_gpu else "megatron_vopd_shm"
-        assert arguments.weight_transfer_config.backend == backend
+        transfer: Any = arguments.weight_transfer_config
+        assert transfer.backend == backend
         assert arguments.enable_chunked_prefill is (None if on_gpu else False)
 
 
@@ -75,7 +76,7 @@ def test_arguments_of_engines_are_vllms(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The child's own code builds vLLM's LLM, up to the engine, which is caught instead."""
-    import vllm.entrypoints.llm as llm
+    from vllm.entrypoints.llm import LLMEngine  # pyright: ignore[reportPrivateImportUsage]
     from vllm.platforms import current_platform
 
     config = demo(tmp_path) if name == "demo" else example(name)
@@ -95,7 +96,7 @@ def test_arguments_of_engines_are_vllms(
         caught.append(engine_args)
         raise CaughtError
 
-    monkeypatch.setattr(llm.LLMEngine, "from_engine_args", from_engine_args)
+    monkeypatch.setattr(LLMEngine, "from_engine_args", from_engine_args)
     # This vLLM may be the one for CPUs, which has no sleep mode.
     monkeypatch.setattr(type(current_platform), "is_sleep_mode_available", lambda _: True)
     connection: Any = None

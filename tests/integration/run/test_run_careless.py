@@ -283,12 +283,12 @@ def _all_uses(root: Path) -> Any:
     """On a rank: make the run, then every use of it."""
     import torch.distributed as dist
 
-    from megatron_vopd.run import start
+    from megatron_vopd.run import environment
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     assert dist.get_world_size() == 1
     # None of the uses gets as far as an engine.
-    start.find_spec = lambda _: object()
+    environment.find_spec = lambda _: object()
     first = _called(root, "run.name=base")
     assert first[0] == OK, first
     base = root / "runs" / "base"
