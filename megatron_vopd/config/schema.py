@@ -192,6 +192,11 @@ class OptimizerSection(Section):
     distributed: bool = Field(
         default=True, description="Split optimizer state over data parallelism."
     )
+    overlap_grad_reduce: bool = Field(
+        default=False,
+        description="Sum gradients over replicas during the last row's backward, from the second "
+        "step of a process on; not yet measured on a GPU.",
+    )
 
 
 class CheckpointSection(Section):

@@ -94,9 +94,14 @@ def load_student(
     load_weights(bare, facts, groups, model_dir, options.layer_spec)
     bare.config.finalize_model_grads_func = finalize_model_grads
     buffers = DistributedDataParallelConfig(
-        grad_reduce_in_fp32=True, use_distributed_optimizer=section.distributed
+        grad_reduce_in_fp32=True,
+        use_distributed_optimizer=section.distributed,
+        overlap_grad_reduce=section.overlap_grad_reduce,
     )
     model = DistributedDataParallel(bare.config, buffers, bare)
+    if section.overlap_grad_reduce:
+        # The schedules leave it for the backward of the last row: only then gradients are whole.
+        bare.config.no_sync_func = model.no_sync
     # megatron-core's own checkpoints would gather moments over gloo; ours are in `checkpoint`.
     own = _optimizer_config(section, options)
     optimizer = get_megatron_optimizer(own, [model], use_gloo_process_groups=False)

@@ -36,6 +36,7 @@ FREE = {
     "train.steps",
     "train.max_consecutive_skips",
     "optimizer.distributed",
+    "optimizer.overlap_grad_reduce",
     "checkpoint",
     "evaluation",
     "logging",

@@ -131,6 +131,7 @@ class Setup:
     teacher_dirs: Mapping[str, str] = field(default_factory=dict)
     teacher_layout: Layout | None = None
     distributed: bool = False
+    overlap_grad_reduce: bool = False
     dtype: torch.dtype = torch.float32
     recompute: Any = "none"
     offload: bool = False
@@ -151,6 +152,7 @@ class Setup:
             weight_decay=adam.weight_decay,
             clip_grad=adam.clip_grad,
             distributed=self.distributed,
+            overlap_grad_reduce=self.overlap_grad_reduce,
         )
         options = ModelOptions(
             dtype=self.dtype,
