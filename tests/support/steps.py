@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ import torch.distributed as dist
 
 from megatron_vopd.config.schema import OptimizerSection
 from megatron_vopd.hf.mapping import LayerSpec
+from megatron_vopd.megatron import student as student_module
 from megatron_vopd.megatron.groups import Groups, independent_groups
 from megatron_vopd.megatron.model import ModelOptions
 from megatron_vopd.megatron.student import Student, load_student
@@ -191,6 +193,12 @@ class RecordingTrainer(Trainer):
     def train_step(self) -> dict[str, float]:
         self.last_metrics = super().train_step()
         return self.last_metrics
+
+
+def small_buckets(num_parameters: int) -> None:
+    """Let the overlapped students of this process have buckets of about so many parameters."""
+    made = partial(student_module.DistributedDataParallelConfig, bucket_size=num_parameters)
+    setattr(student_module, "DistributedDataParallelConfig", made)  # noqa: B010
 
 
 def make_trainer(
