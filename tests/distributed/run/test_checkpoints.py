@@ -26,7 +26,7 @@ from tests.support.harness import spawn
 from tests.support.layouts import Case
 from tests.support.resumable import VOCAB, Made, make, raw_state, resume_engine, whole_state
 from tests.support.scripted import ScriptedEngine
-from tests.support.steps import Setup
+from tests.support.steps import Setup, small_buckets
 from tests.support.tiny_models import TinyModel
 
 STUDENT = TinyModel("qwen3", True, VOCAB, overrides=(("num_hidden_layers", 2),))
@@ -147,6 +147,7 @@ HOPS = {
     "tp2 again": (LAYOUTS["tp2"], True),
     "dp2 again": (LAYOUTS["dp2"], False),
 }
+OVERLAPPED = ("dp2", "tp2 again")  # whose gradient buffers are cut into several buckets
 
 
 def _hops(setup: Setup, root: Path, dtype: torch.dtype) -> list[dict[str, str]]:
@@ -154,7 +155,8 @@ def _hops(setup: Setup, root: Path, dtype: torch.dtype) -> list[dict[str, str]]:
     folder, states, last = None, [], None
     for name, (layout, distributed) in HOPS.items():
         own = cut(setup, layout, distributed=distributed, dtype=dtype)
-        made = make(own, root / name)
+        made = make(replace(own, overlap_grad_reduce=name in OVERLAPPED), root / name)
+        assert (len(made.student.model.bucket_groups) > 2) == (name in OVERLAPPED)
         if folder is None:
             _trained(made, 3)
         else:
@@ -169,6 +171,7 @@ def _hops(setup: Setup, root: Path, dtype: torch.dtype) -> list[dict[str, str]]:
 
 def _all_hops(setup: Setup, root: Path) -> dict[str, Any]:
     init_world("cpu")
+    small_buckets(6000)
     return {str(t): _hops(setup, root / str(t), t) for t in (torch.float32, torch.bfloat16)}
 
 
