@@ -19,6 +19,7 @@ from megatron_vopd.types import Layout, Rollout
 from tests.support.harness import spawn
 from tests.support.layouts import Case, destroy_groups, enter
 from tests.support.reference_step import Adam
+from tests.support.step_cases import BAR
 from tests.support.steps import (
     Setup,
     make_rollouts,
@@ -112,7 +113,7 @@ def test_overlap_changes_nothing(world_size: int, tmp_path: Path) -> None:
             # Stages behind the first have no buckets but that of a shared embedding.
             assert after[0] <= 2 and (during[0] >= 3 or "pp2" in name), name
             # Two replicas' sum has no order; that of four follows the places in the buckets.
-            bar = 1e-6 if CASES[name][0].layout.dp > 2 else 0.0
+            bar = BAR if CASES[name][0].layout.dp > 2 else 0.0
             require_same((*after[2], after[3]), (*during[2], during[3]), name, bar)
         assert ("expert" in CASES[name][1]) == any(found[name][1][1] > 0 for found in ranks), name
 
