@@ -38,7 +38,13 @@ from megatron_vopd.megatron.student import Student, load_student
 from megatron_vopd.megatron.teacher import Teacher, score
 from megatron_vopd.objectives import Objective
 from megatron_vopd.run.settings import objective_of
-from megatron_vopd.run.tool_options import run_tool, tool_parser
+from megatron_vopd.run.tool_options import (
+    make_folder,
+    positive_number,
+    run_tool,
+    tool_parser,
+    whole_number,
+)
 from megatron_vopd.trainer.loss import RowLoss
 from megatron_vopd.trainer.packing import pack
 from megatron_vopd.types import Layout, Prompt, Rollout
@@ -334,19 +340,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher", help="HF folder; with --student")
     add("--prompts", help=".jsonl with --student")
     add("--chat-template", default="none", help="none (plain text) or tokenizer (default none)")
-    add("--batches", type=int, default=64, help="at each stage (default 64)")
-    add("--prompts-per-batch", type=int, default=16, help="(default 16)")
-    add("--max-tokens", type=int, default=32, help="longest response (default 32)")
-    add("--train-steps", type=int, default=60, help="of the later stage, without --later")
-    add("--learning-rate", type=float, default=2e-3, help="of these steps")
-    add("--seed", type=int, default=0, help="(default 0)")
+    add("--batches", type=whole_number(3), default=64, help="at each stage (default 64)")
+    add("--prompts-per-batch", type=whole_number(1), default=16, help="(default 16)")
+    add("--max-tokens", type=whole_number(1), default=32, help="longest response (default 32)")
+    add(
+        "--train-steps",
+        type=whole_number(1),
+        default=60,
+        help="of the later stage, without --later",
+    )
+    add("--learning-rate", type=positive_number, default=2e-3, help="of these steps")
+    add("--seed", type=whole_number(0), default=0, help="(default 0)")
     options = parser.parse_args(arguments)
     if (options.student is None) != (options.teacher is None):
         parser.error("--student: expected together with --teacher")
     if options.student is not None and options.prompts is None:
         parser.error("--prompts: expected with --student")
-    if options.batches < 3:
-        parser.error(f"--batches: got {options.batches}, expected at least 3")
     return options
 
 
@@ -358,7 +367,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     work = options.work / name  # other settings share nothing
     for folder in (options.out, work):
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
     if options.student is None:
         options.student, options.teacher = make_tiny_models(work)
     init_single_process()
