@@ -21,7 +21,7 @@ class Line(NamedTuple):
 
     @property
     def is_untried(self) -> bool:
-        """Whether another part has to be mended before this one can be looked at."""
+        """True where another part has to be mended before this one can be looked at."""
         return self.text.startswith(UNTRIED)
 
 
