@@ -54,6 +54,8 @@ if [[ -n $only ]]; then
 fi
 results=${results:-gpu_results} python=${PYTHON:-python3}
 command -v "$python" >/dev/null || mistake "PYTHON: got $python, which is no program, expected an interpreter"
+[[ -z ${CARRY:-} ]] || compgen -G "$CARRY/*.whl" >/dev/null ||
+  mistake "CARRY: got $CARRY, expected the folder of wheels that tests/gpu/carry.sh made"
 device=cuda size='' patience=1
 # Without a GPU the limits only end what hangs: the machine may have two busy cores.
 ((dry)) && device=cpu size=--small patience=8

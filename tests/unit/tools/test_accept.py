@@ -107,10 +107,16 @@ def test_a_mistake_is_refused(tmp_path: Path, arguments: list[str], says: str) -
     assert says in run.stderr and not (tmp_path / "table.txt").exists()
 
 
-def test_a_python_that_is_not_there_is_refused(tmp_path: Path) -> None:
+def test_a_python_or_wheels_that_are_not_there_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run = accept("--dry", str(tmp_path), python="/nowhere/python")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
     assert "PYTHON: got /nowhere/python" in run.stderr
+    monkeypatch.setenv("CARRY", "/nowhere")
+    run = accept("--dry", str(tmp_path))
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "CARRY: got /nowhere" in run.stderr and not (tmp_path / "steps").exists()
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["a", "b", "c"]], ids=" ".join)
