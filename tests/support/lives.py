@@ -151,11 +151,15 @@ def _answers(recorder: Any, example: Example, student: Student) -> Iterator[None
         return 0 * scores(self, *args)
 
     folder = tempfile.mkdtemp()
-    results = {"_prepare": (False, []), "make": folder}
+    results, helped = {"make": folder}, checkpoints.with_all_ranks
 
     def rank_0(action: Any, *_: Any) -> Any:
         all_ranks(lambda: None)
         return results.get(action.__name__)
+
+    def with_all_ranks(action: Any) -> Any:
+        found = helped(action)  # rank 0's; the others would have been told
+        return (False, []) if found is None else found
 
     with ExitStack() as stack:
         for place, name, stand_in in (
@@ -163,6 +167,7 @@ def _answers(recorder: Any, example: Example, student: Student) -> Iterator[None
             (TopKRouter, "gating", gating),
             (collector, "share_rollouts", share_rollouts),
             (checkpoints, "rank_0", rank_0),
+            (checkpoints, "with_all_ranks", with_all_ranks),
             (staging, "rank_0", rank_0),
             (vocab_parallel, "compare", lambda _facts: None),  # of the bounds of all shards
         ):
