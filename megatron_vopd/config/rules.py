@@ -253,6 +253,9 @@ def _rollout(config: Config) -> Iterator[Problem]:
             "remove rollout.urls, or set rollout.engine=server",
             ("rollout.engine",),
         )
+    if twice := [url for i, url in enumerate(rollout.urls) if url in rollout.urls[:i]]:
+        expected, remedy = "each server once", "correct the port, or remove one of them"
+        yield Problem("rollout.urls", f"{shown(twice[0])} twice", expected, remedy)
     for url in rollout.urls:
         if not _is_server_url(url):
             yield Problem(

@@ -89,7 +89,8 @@ class ParallelSection(Section):
     )
     backend: Literal["auto", "te", "local"] = Field(
         default="auto",
-        description="Layer implementation; `auto` takes TransformerEngine where installed.",
+        description="Layer implementation; `auto` takes TransformerEngine on a GPU, where it is "
+        "installed.",
     )
     tp: Size = Field(default=1, description="Tensor-parallel size of the student.")
     pp: Size = Field(default=1, description="Pipeline-parallel size of the student.")

@@ -162,7 +162,8 @@ def parse_yaml(text: str, source: str, numbered: bool = True) -> Any:
     try:
         return _Loader(text, place).document()
     except yaml.MarkedYAMLError as error:
-        got = error.problem or error.context or "text that is no YAML"
+        why = error.problem or error.context
+        got = f"text that is no YAML ({why})" if why else "text that is no YAML"
         if "'\\t'" in got:
             got, remedy = "a tab", "indent with spaces, never with tabs"
         got = got.encode("ascii", "backslashreplace").decode("ascii")

@@ -62,6 +62,23 @@ def longest_prompt_tokens(digits: int) -> int:
     return 2 * digits + 2
 
 
+def count_additions(number: int, digits: int) -> int:
+    """Count the problems of two numbers of `digits` digits, of which `number` are wanted.
+
+    Raises:
+        UserError: `digits` is out of range, or there are not so many problems.
+    """
+    if not 1 <= digits <= MAX_DIGITS:
+        raise UserError(f"digits: got {digits}, expected 1 to {MAX_DIGITS}; choose another number")
+    count = (9 * 10 ** (digits - 1)) ** 2
+    if not 1 <= number <= count:
+        raise UserError(
+            f"additions of {digits} digits: got {number}, expected 1 to {count}; ask for fewer, or "
+            "for more digits"
+        )
+    return count
+
+
 def additions(number: int, digits: int, seed: int) -> list[Addition]:
     """Draw `number` different problems in random order; equal arguments give equal problems.
 
@@ -71,15 +88,8 @@ def additions(number: int, digits: int, seed: int) -> list[Addition]:
     Raises:
         UserError: there are not so many problems.
     """
-    if not 1 <= digits <= MAX_DIGITS:
-        raise UserError(f"digits: got {digits}, expected 1 to {MAX_DIGITS}")
+    count = count_additions(number, digits)
     low, high = 10 ** (digits - 1), 10**digits
-    count = (high - low) ** 2
-    if not 1 <= number <= count:
-        raise UserError(
-            f"additions of {digits} digits: got {number}, expected 1 to {count}; ask for fewer, or "
-            "for more digits"
-        )
     draw = random.Random(f"additions {digits} {seed}")
     if 2 * number > count:
         pairs = [(a, b) for a in range(low, high) for b in range(low, high)]

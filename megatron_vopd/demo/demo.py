@@ -29,6 +29,7 @@ from megatron_vopd.data.grading import Grader
 from megatron_vopd.demo.additions import (
     ALPHABET,
     additions,
+    count_additions,
     longest_prompt_tokens,
     longest_response_tokens,
     save_data,
@@ -106,6 +107,7 @@ def run_demo(settings: DemoSettings, fresh: bool = False) -> int:
     started = time.monotonic()
     try:
         _require_packages()
+        count_additions(settings.num_training + settings.num_evaluation, settings.digits)
         _prepare(settings, fresh)
         _make_models(settings)
         if settings.models_only:

@@ -16,29 +16,30 @@ CONNECTIONS = "CUDA_DEVICE_MAX_CONNECTIONS"
 _HOW = "start it with torchrun --nproc-per-node N -m megatron_vopd.train CONFIG"
 
 
-def require_rank(environment: Mapping[str, str]) -> None:
+def require_rank(environment: Mapping[str, str], remedy: str = _HOW) -> None:
     """Require that torchrun's variables name one rank of a world, before it waits for the others.
+
+    Args:
+        remedy: how the command is started; the end of a message.
 
     Raises:
         ConfigError: one is missing, no number, or out of range: a wrong one would wait for ever.
     """
     for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR"):
         if not environment.get(name):
-            raise refusal(name, "nothing", "the environment of a rank", _HOW)
-    world_size = _number(environment, "WORLD_SIZE", 1, 2**31)
-    _number(environment, "RANK", 0, world_size - 1)
-    _number(environment, "MASTER_PORT", 1, 65535, default="29500")
-    local_size = _number(environment, "LOCAL_WORLD_SIZE", 1, world_size, str(world_size))
-    _number(environment, "LOCAL_RANK", 0, local_size - 1, default="0")
+            raise refusal(name, "nothing", "the environment of a rank", remedy)
 
+    def number(name: str, least: int, most: int, default: str = "") -> int:
+        text = environment.get(name, default)
+        if text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most:
+            return int(text)
+        raise refusal(name, shown(text), f"an integer from {least} to {most}", remedy)
 
-def _number(
-    environment: Mapping[str, str], name: str, least: int, most: int, default: str | None = None
-) -> int:
-    text = environment.get(name, default or "")
-    if text.isascii() and text.isdigit() and len(text) < 12 and least <= int(text) <= most:
-        return int(text)
-    raise refusal(name, shown(text), f"an integer from {least} to {most}", _HOW)
+    world_size = number("WORLD_SIZE", 1, 2**31)
+    number("RANK", 0, world_size - 1)
+    number("MASTER_PORT", 1, 65535, default="29500")
+    local_size = number("LOCAL_WORLD_SIZE", 1, world_size, str(world_size))
+    number("LOCAL_RANK", 0, local_size - 1, default="0")
 
 
 def local_ranks(environment: Mapping[str, str]) -> int:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
-from megatron_vopd.errors import MISTAKE, UserError
+from megatron_vopd.errors import MISTAKE, UserError, shown
 from megatron_vopd.hf.dtypes import CONFIG_DTYPES
+from megatron_vopd.run.environment import require_rank
 
 # A comparison that was made, and found that two models differ.
 DIFFERENT = 1
@@ -32,6 +36,40 @@ def tool_parser(summary: str, examples: str) -> argparse.ArgumentParser:
         epilog=f"examples:\n{examples}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """Return what parses an option's integer from `least` to `most`; an error says what it got."""
+    expected = f"{least} to {most}" if most is not None else f">= {least}"
+
+    def parsed(text: str) -> int:
+        if re.fullmatch(r"-?[0-9]{1,18}", text.strip()):
+            value = int(text)
+            if least <= value and (most is None or value <= most):
+                return value
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected an integer {expected}")
+
+    return parsed
+
+
+def positive_number(text: str) -> float:
+    """Parse an option's finite number above 0; raises ArgumentTypeError."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected a number above 0")
+    return value
+
+
+def make_folder(folder: Path) -> None:
+    """Make the folder of a tool's output and those above it; raises UserError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        what = f"{error.strerror}, expected a folder to write into"
+        raise UserError(f"{folder}: {what}; choose another") from None
 
 
 def add_conversion_options(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +104,10 @@ def run_on_ranks(action: Callable[[], int]) -> int:
         from megatron_vopd.megatron.transformer_engine import hide_if_broken
 
         hide_if_broken()  # before megatron-core, which it would keep from being imported
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            require_rank(
+                os.environ, "start it with torchrun --nproc-per-node N, or unset WORLD_SIZE"
+            )
             init_world("cpu")
         else:
             init_single_process()

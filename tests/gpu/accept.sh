@@ -32,23 +32,34 @@ bench_shard  | 15 | both | the same for V / 8, the columns of a rank at tp 8
 profile      | 10 | gpu  | ncu: bandwidth, issue slots and occupancy of each kernel
 '
 
-dry=0 only='' results=gpu_results
+mistake() { echo "accept.sh: $1; see --help" >&2 && exit 2; }
+dry=0 only='' results=''
 while (($#)); do
   case $1 in
     --dry) dry=1 ;;
-    --only) only=",${2:?--only: expected names of steps, separated by commas}," && shift ;;
+    --only) only=",${2-}," && shift ;;
     --list) echo "$STEPS" | sed '/^$/d' && exit ;;
     -h | --help) sed -n '2,9s/^# \{0,1\}//p' "$0" && exit ;;
-    -*) echo "accept.sh: unknown option $1; see --help" >&2 && exit 2 ;;
-    *) results=$1 ;;
+    -*) mistake "unknown option $1" ;;
+    *) [[ -z $results ]] || mistake "got two folders, $results and $1, expected one"; results=$1 ;;
   esac
   shift
 done
-python=${PYTHON:-python3}
+if [[ -n $only ]]; then
+  names=$(echo "$STEPS" | sed -n 's/ *|.*//p' | paste -sd,)
+  [[ -n ${only//,/} ]] || mistake "--only: got nothing, expected some of $names"
+  for name in ${only//,/ }; do
+    [[ ,$names, == *",$name,"* ]] || mistake "--only: got '$name', expected some of $names"
+  done
+fi
+results=${results:-gpu_results} python=${PYTHON:-python3}
+command -v "$python" >/dev/null || mistake "PYTHON: got $python, which is no program, expected an interpreter"
+[[ -z ${CARRY:-} ]] || compgen -G "$CARRY/*.whl" >/dev/null ||
+  mistake "CARRY: got $CARRY, expected the folder of wheels that tests/gpu/carry.sh made"
 device=cuda size='' patience=1
 # Without a GPU the limits only end what hangs: the machine may have two busy cores.
 ((dry)) && device=cpu size=--small patience=8
-mkdir -p "$results/steps" || exit
+mkdir -p "$results/steps" 2>/dev/null || mistake "$results: cannot make this folder, expected one to write into"
 results=$(cd "$results" && pwd)
 models=${MODELS:-$results/models}
 table=$results/table.txt

@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
-# What accept.sh needs on a GPU machine without a network: a folder to carry there (about 8 MB).
+# What accept.sh needs on a GPU machine without a network: a folder to carry there (about 5 MB).
 #   tests/gpu/carry.sh FOLDER [PYTHON_VERSION]        then, there: CARRY=FOLDER tests/gpu/accept.sh
 # The machine itself must have CUDA's compiler, torch >= 2.11 for CUDA, transformers, tokenizers,
 # safetensors, einops, xxhash, PyYAML, rich, psutil, packaging, ninja, pybind11 and setuptools.
 # vLLM is too large to carry: only its two modules for CUDA IPC go along, where vLLM
 # is installed here (`make engine`). TransformerEngine stays behind too.
 set -euo pipefail
-folder=${1:?usage: carry.sh FOLDER [PYTHON_VERSION]}
+if [[ $# -lt 1 || $# -gt 2 || $1 == -* ]]; then
+  echo "usage: carry.sh FOLDER [PYTHON_VERSION]" >&2
+  exit 2
+fi
+folder=$1
 version=${2:-3.12}
 python=${PYTHON:-python3}
 mkdir -p "$folder"

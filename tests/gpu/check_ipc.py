@@ -15,9 +15,9 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
-from megatron_vopd.rollout.weights.ipc import IpcSender
 
 from megatron_vopd.hf.facts import facts_from_config
+from megatron_vopd.rollout.weights.ipc import IpcSender
 from megatron_vopd.rollout.weights.send import expected_weights
 from tests.gpu.measure_device import seconds
 from tests.support import ROOT

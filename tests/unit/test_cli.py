@@ -40,6 +40,34 @@ def test_an_unknown_argument_is_named(arguments: list[str], unknown: str, capsys
     assert unknown in printed.err.splitlines()[-1] and printed.out == ""
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("demo --teacher-steps", "-1", "an integer >= 1"),
+        ("demo --steps", "0", "an integer >= 1"),
+        ("demo --steps", "1e3", "an integer >= 1"),
+        ("demo --digits", "0", "an integer >= 1"),
+        ("demo --seed", "-1", "an integer 0 to 4294967295"),
+        ("demo --seed", "4294967296", "an integer 0 to 4294967295"),
+        ("check x --world-size", "0", "an integer >= 1"),
+        ("check x --world-size", "two", "an integer >= 1"),
+        ("check x --gpu-memory", "-3", "a number above 0"),
+        ("check x --gpu-memory", "nan", "a number above 0"),
+        ("check x --gpu-memory", "much", "a number above 0"),
+    ],
+)
+def test_a_number_out_of_range_is_refused_before_anything_starts(
+    option: str, value: str, expected: str, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "run_demo", lambda *_: pytest.fail("a demo was begun"))
+    *words, name = option.split()
+    with pytest.raises(SystemExit) as caught:
+        cli.main([*words, f"{name}={value}"])
+    assert caught.value.code == MISTAKE
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.endswith(f"argument {name}: got '{value}', expected {expected}"), said
+
+
 def test_without_a_command_there_is_help(capsys: Capture) -> None:
     assert cli.main([]) == MISTAKE
     printed = capsys.readouterr()

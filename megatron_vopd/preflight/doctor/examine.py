@@ -83,7 +83,8 @@ def probe(name: str, seconds: float = PROBE_SECONDS) -> dict[str, Any]:
     signals = {-number: number.name for number in signal.Signals}
     ending = signals.get(run.returncode, f"status {run.returncode}")
     said = [line for line in run.stderr.decode(errors="replace").splitlines() if line.strip()]
-    return {"error": f"its import ended the process with {ending}: {said[-1] if said else ''}"}
+    last_words = f": {said[-1]}" if said else ""
+    return {"error": f"an import that ended the process with {ending}{last_words}"}
 
 
 def seen_facts(rows: Collection[str]) -> dict[str, dict[str, Any]]:
@@ -111,11 +112,14 @@ def examine(target: str, engine: str, rows: Collection[str]) -> tuple[bool, dict
     Args:
         target: `gpu`, `cpu`, or `auto`: gpu where a driver shows one.
         engine: `local` or `server`, as the setting `rollout.engine`.
-        rows: keys of ROWS.
+        rows: keys of ROWS. The line of torch is added where its fault leaves one of them untried.
     """
     on_gpu = target == "gpu" or (target == "auto" and has_gpu())
     seen = Seen(on_gpu, engine, seen_facts(rows), environment())
-    return on_gpu, {name: _judged(row, seen) for name, row in ROWS.items() if name in rows}
+    lines = {name: _judged(row, seen) for name, row in ROWS.items() if name in rows}
+    if "torch" not in lines and any(line.is_untried for line in lines.values()):
+        lines = {"torch": _judged(ROWS["torch"], seen), **lines}  # what kept them from being tried
+    return on_gpu, lines
 
 
 def _judged(row: Row, seen: Seen) -> Line:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 State = Literal["ok", "note", "problem"]
 MAX_TEXT = 240
+UNTRIED = "not tried, because "
 
 
 class Line(NamedTuple):
@@ -17,6 +18,11 @@ class Line(NamedTuple):
 
     state: State
     text: str
+
+    @property
+    def is_untried(self) -> bool:
+        """True where another part has to be mended before this one can be looked at."""
+        return self.text.startswith(UNTRIED)
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,7 @@ def unless_broken(seen: Seen, name: str, remedy: str, check: Callable[[Any], Lin
     """Return `check` of the facts of probe `name`, or the line that says why there are none."""
     facts = seen.facts[name]
     if "skipped" in facts:
-        return note(f"not tried, because {facts['skipped']} does not work")
+        return note(f"{UNTRIED}{facts['skipped']} does not work")
     if "error" in facts:
         return problem(facts["error"], "an import without an error", remedy)
     return check(facts)

@@ -93,10 +93,11 @@ def settings_line(seen: Seen) -> Line:
     known = seen.environment
     allocator = known.get("PYTORCH_CUDA_ALLOC_CONF", "") + known.get("PYTORCH_ALLOC_CONF", "")
     if "expandable_segments:True" in allocator:
-        remarks.append("expandable_segments is not tested with pushes by CUDA IPC: unset it")
-    if known.get("CUDA_DEVICE_MAX_CONNECTIONS") != "1":
-        remarks.append("set CUDA_DEVICE_MAX_CONNECTIONS=1 for tensor parallelism")
-    return note("; ".join(remarks)) if remarks else ok("as the examples set them")
+        remarks.append("with expandable_segments, pushes by CUDA IPC have not run on a GPU yet")
+    if (connections := known.get("CUDA_DEVICE_MAX_CONNECTIONS", "1")) != "1":
+        text = f"CUDA_DEVICE_MAX_CONNECTIONS={connections}: unset it for tensor and context"
+        remarks.append(f"{text} parallelism; the training command sets 1")
+    return note("; ".join(remarks)) if remarks else ok("none that hinders training")
 
 
 def memory_line(seen: Seen) -> Line:

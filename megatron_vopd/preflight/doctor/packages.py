@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_vopd.preflight.doctor.line import (
+    UNTRIED,
     Line,
     Seen,
     installed_version,
@@ -90,9 +91,9 @@ def torch_line(seen: Seen) -> Line:
 def gpu_line(seen: Seen) -> Line:
     """Check the GPUs: whether torch can use them, and what of their memory is free."""
     if "error" in seen.facts["torch"]:
-        return note("not tried, because torch does not work")
+        return note(f"{UNTRIED}torch does not work")
     if seen.on_gpu and seen.facts["torch"]["cuda"] is None:
-        return note("not tried, because torch is built without CUDA")
+        return note(f"{UNTRIED}torch is built without CUDA")
     if not seen.on_gpu:
         count = len(seen.gpus)
         return ok(f"{count}, not asked for" if count else "none; tests and demo need none")
@@ -259,7 +260,7 @@ def nccl_line(seen: Seen) -> Line:
     """Check NCCL: the one that torch loaded against the one that its wheel declares."""
     facts = seen.facts["torch"]
     if "error" in facts:
-        return note("not tried, because torch does not work")
+        return note(f"{UNTRIED}torch does not work")
     if not facts.get("nccl"):
         text = "none in this torch"
         return note(f"{text}; GPUs need it") if seen.on_gpu else ok(f"{text}; CPUs use gloo")
@@ -277,7 +278,7 @@ def nvcc_line(seen: Seen) -> Line:
     if not seen.on_gpu:
         return ok("not needed on a CPU")
     if cuda is None:
-        return note("not tried, because torch is built without CUDA or does not work")
+        return note(f"{UNTRIED}torch is built without CUDA or does not work")
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = str(Path(home, "bin", "nvcc")) if home else shutil.which("nvcc")
     found = found or "/usr/local/cuda/bin/nvcc"

@@ -58,6 +58,11 @@ RULES = [
     ({"rollout.urls": ["http://h:1"]}, "rollout.urls", "rollout.engine=server"),
     ({"rollout.engine": "server", "rollout.urls": ["h:1"]}, "rollout.urls", "http://host:port"),
     (
+        {"rollout.engine": "server", "rollout.urls": ["http://127.0.0.1:1", "http://127.0.0.1:1"]},
+        "rollout.urls",
+        "'http://127.0.0.1:1' twice, expected each server once",
+    ),
+    (
         {"rollout.engine": "server", "rollout.urls": ["http://h:99999"]},
         "rollout.urls",
         "http://host:port",

@@ -266,6 +266,17 @@ class TestFolder:
         assert "choose another --out" in self._status(tmp_path / "file" / "demo", capsys)
 
 
+@pytest.mark.parametrize("digits", [1, 2, 101])
+def test_a_demo_without_enough_problems_is_not_begun(
+    digits: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(demo, "_require_packages", lambda: None)
+    out = tmp_path / "demo"
+    assert cli.main(["demo", "--out", str(out), "--digits", str(digits)]) == demo.MISTAKE
+    message = capsys.readouterr().err
+    assert message.count("\n") == 1 and "digits: got " in message and not out.exists()
+
+
 def test_models_only_are_the_models_of_a_demo(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -53,7 +53,7 @@ TORCHES = {
         "raise ImportError('cannot import name x from partially initialized torch')",
         "cannot import name",
     ),
-    "crashes": (SEGFAULT, "ended the process with SIGSEGV"),
+    "crashes": (SEGFAULT, "got an import that ended the process with SIGSEGV, expected"),
     "aborts": (ABORT, "ended the process with SIGABRT"),
     "ends the process": ("import os; os._exit(7)", "ended the process with status 7"),
     "asks to exit": ("raise SystemExit('no licence')", "SystemExit: no licence"),
@@ -229,6 +229,18 @@ def test_a_torch_for_cpus_on_a_gpu_machine(tmp_path: Path) -> None:
     one_problem(ran, "torch", "2.13.0+cpu, built without CUDA", "docs/guide/installing.md")
 
 
+@pytest.mark.parametrize("part", ["gpu", "nvcc", "extension,variables"])
+def test_a_part_that_cannot_be_tried_is_not_taken_for_sound(part: str, tmp_path: Path) -> None:
+    """Asked for that part alone, the doctor shows the fault of torch too, and its exit status."""
+    source = cuda_torch(available="return False", version="2.13.0+cpu")
+    write_package(tmp_path, "torch", source.replace('cuda="13.0"', "cuda=None"))
+    if part.startswith("extension"):
+        write_package(tmp_path, "torch", "raise ImportError('broken')")
+    status, lines, _ = run_doctor(tmp_path, "--for", "gpu", "--only", part)
+    assert status == MISTAKE and lines["torch"].startswith("problem got "), lines
+    assert lines[part.split(",")[0]].startswith("note not tried, because torch")
+
+
 EXTENSIONS = {
     "of another Python": (
         "_C.cpython-39-x86_64-linux-gnu.so",
@@ -374,9 +386,10 @@ def test_settings_of_cuda() -> None:
     known = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
     line = machine.settings_line(Seen(True, "local", {}, known))
     assert line.state == "note" and "expandable_segments" in line.text
-    assert "CUDA_DEVICE_MAX_CONNECTIONS=1" in line.text
-    known = {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}
-    assert machine.settings_line(Seen(True, "local", {}, known)).state == "ok"
+    line = machine.settings_line(Seen(True, "local", {}, {"CUDA_DEVICE_MAX_CONNECTIONS": "8"}))
+    assert line.state == "note" and "CUDA_DEVICE_MAX_CONNECTIONS=8: unset it" in line.text
+    for known in ({}, {"CUDA_DEVICE_MAX_CONNECTIONS": "1"}):
+        assert machine.settings_line(Seen(True, "local", {}, known)).state == "ok"
 
 
 def test_this_environment_is_sound(capsys: pytest.CaptureFixture[str]) -> None:

@@ -89,10 +89,42 @@ def test_without_a_gpu_it_says_what_would_run(tmp_path: Path) -> None:
     assert "--dry" in run.stderr
 
 
-def test_an_unknown_option_is_refused() -> None:
-    run = accept("--dri")
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--dri"], "--dri"),
+        (["--dry", "--only", "kernels,kernel", "FOLDER"], "got 'kernel', expected some of device,"),
+        (["--dry", "FOLDER", "--only"], "--only: got nothing"),
+        (["--dry", "FOLDER", "another"], "another, expected one"),
+        (["--dry", "FOLDER/file/below"], "expected one to write into"),
+    ],
+    ids=["option", "step", "no step", "two folders", "no folder"],
+)
+def test_a_mistake_is_refused(tmp_path: Path, arguments: list[str], says: str) -> None:
+    (tmp_path / "file").touch()
+    run = accept(*(argument.replace("FOLDER", str(tmp_path)) for argument in arguments))
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1), run.stdout + run.stderr
+    assert says in run.stderr and not (tmp_path / "table.txt").exists()
+
+
+def test_a_python_or_wheels_that_are_not_there_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = accept("--dry", str(tmp_path), python="/nowhere/python")
     assert (run.returncode, run.stderr.count("\n")) == (2, 1)
-    assert "--dri" in run.stderr
+    assert "PYTHON: got /nowhere/python" in run.stderr
+    monkeypatch.setenv("CARRY", "/nowhere")
+    run = accept("--dry", str(tmp_path))
+    assert (run.returncode, run.stderr.count("\n")) == (2, 1)
+    assert "CARRY: got /nowhere" in run.stderr and not (tmp_path / "steps").exists()
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["a", "b", "c"]], ids=" ".join)
+def test_carry_says_how_it_is_called(arguments: list[str]) -> None:
+    command = [str(ROOT / "tests/gpu/carry.sh"), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == "usage: carry.sh FOLDER [PYTHON_VERSION]\n"
 
 
 @pytest.mark.parametrize(

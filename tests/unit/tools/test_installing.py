@@ -18,6 +18,7 @@ from tests.support.tools import TOOLS, load_tool
 from tests.support.wheels import write_wheel
 
 engine_tool = load_tool("install_engine")
+te_tool = load_tool("install_te")
 set_tool = load_tool("resolve_gpu_set")
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -34,6 +35,30 @@ def constrained() -> dict[str, list[str]]:
             (pin,) = requirement.specifier
             found.setdefault(requirement.name, []).append(pin.version)
     return found
+
+
+@pytest.mark.parametrize("arguments", [["--help"], [], ["one", "two"]], ids=" ".join)
+def test_wrong_arguments_install_nothing(
+    arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(te_tool, "install", lambda *_: pytest.fail("installed something"))
+    with pytest.raises(SystemExit) as end:
+        te_tool.main(arguments)
+    assert end.value.code == (0 if arguments == ["--help"] else 2)
+    printed = capsys.readouterr()
+    assert "FOLDER" in printed.out + printed.err
+
+
+def test_a_pip_that_fails_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    assert te_tool.main([str(tmp_path / "te")]) == 1
+    said = capfd.readouterr().err.splitlines()
+    assert said[-1].startswith(f"{tmp_path / 'te'}: pip ended with status 1")
+    assert not any("Traceback" in line for line in said)
 
 
 class TestInstallEngine:

@@ -161,6 +161,46 @@ def test_mistake_in_a_study_is_one_line(tmp_path: Path, text: str, expected: str
     assert not (tmp_path / "out").exists()
 
 
+def test_a_study_that_is_not_text_is_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "study.yaml"
+    path.write_bytes(b"title: \xff\n")
+    done = run("run_study", path, tmp_path / "out")
+    assert done.status == 2 and done.err.count("\n") == 1
+    assert str(path) in done.err and "UTF-8" in done.err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options", [(), ("--summary-only",)])
+def test_an_output_that_is_no_folder_is_one_line(tmp_path: Path, options: tuple[str, ...]) -> None:
+    out = tmp_path / "out"
+    out.write_text("kept")
+    done = run("run_study", save_study(tmp_path), out, *options)
+    assert done.status == 2 and done.err.count("\n") == 1, done.err
+    assert f"{out}: File exists, expected a folder to write into" in done.err
+    assert out.read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [("--jobs", 0, "an integer >= 1"), ("--seeds", -1, "an integer 0 to 4294967295")],
+)
+def test_a_number_out_of_range(tmp_path: Path, option: str, value: int, expected: str) -> None:
+    done = run("run_study", save_study(tmp_path), tmp_path / "out", f"{option}={value}")
+    assert done.status == 2 and not (tmp_path / "out").exists()
+    assert done.err.endswith(f"argument {option}: got '{value}', expected {expected}\n")
+
+
+def test_braces_of_an_override_are_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapping in YAML's notation is an override like another; only {seed} is filled in."""
+    mapping = "objective.prefix={student: 0.5, dataset: 0.5}"
+    text = STUDY.replace("[train.steps=2]", f"['{mapping}', 'run.name=s{{seed}}']")
+    given: list[tuple[str, ...]] = []
+    monkeypatch.setattr(study_tool, "_train", lambda launch, *_: given.append(launch.overrides))
+    run("run_study", save_study(tmp_path, text), tmp_path / "out", "--seeds", 7)
+    assert len(given) == 2 and all(mapping in one and "run.name=s7" in one for one in given)
+
+
 def test_missing_study_is_one_line(tmp_path: Path) -> None:
     done = run("run_study", tmp_path / "none.yaml", tmp_path / "out")
     assert done.status == 2 and "No such file" in done.err

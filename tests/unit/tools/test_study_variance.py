@@ -112,7 +112,6 @@ def test_a_tiny_study_made_twice_measures_once(tmp_path: Path) -> None:
     [
         (("--student", "./student"), "--student: expected together with --teacher"),
         (("--student", "./a", "--teacher", "./b"), "--prompts: expected with --student"),
-        (("--batches", "2"), "--batches: got 2, expected at least 3"),
     ],
 )
 def test_options_that_do_not_go_together(words: tuple[str, ...], expected: str) -> None:
@@ -123,3 +122,25 @@ def test_options_that_do_not_go_together(words: tuple[str, ...], expected: str) 
 def test_without_a_folder_results_go_where_they_are_published(study: ModuleType) -> None:
     options = study.parse([])
     assert (ROOT / options.out / "summary.md").is_file() and options.work.parts[0] == "runs"
+
+
+@pytest.mark.parametrize(
+    ("tool", "option", "value", "expected"),
+    [
+        ("study_variance", "--batches", "2", "an integer >= 3"),
+        ("study_variance", "--prompts-per-batch", "0", "an integer >= 1"),
+        ("study_variance", "--max-tokens", "-1", "an integer >= 1"),
+        ("study_variance", "--train-steps", "0", "an integer >= 1"),
+        ("study_variance", "--learning-rate", "0", "a number above 0"),
+        ("study_variance", "--learning-rate", "nan", "a number above 0"),
+        ("benchmark_ops", "--tokens", "-1", "an integer >= 1"),
+        ("benchmark_ops", "--vocab", "0", "an integer >= 1"),
+        ("benchmark_ops", "--repeats", "0", "an integer >= 1"),
+    ],
+)
+def test_a_number_out_of_range_is_refused(
+    tool: str, option: str, value: str, expected: str
+) -> None:
+    done = run(tool, f"{option}={value}")
+    assert done.status == 2
+    assert done.err.endswith(f"argument {option}: got '{value}', expected {expected}\n"), done.err
