@@ -133,12 +133,12 @@ class Setup:
     teacher_dirs: Mapping[str, str] = field(default_factory=dict)
     teacher_layout: Layout | None = None
     distributed: bool = False
-    overlap_grad_reduce: bool = False
     dtype: torch.dtype = torch.float32
     recompute: Any = "none"
     offload: bool = False
     adam: Adam = field(default_factory=Adam)
     device: str = "cpu"
+    overlap_grad_reduce: bool = False
     layer_spec: LayerSpec = "local"  # "te": of student and teachers, in a world of support.te
 
     @property
