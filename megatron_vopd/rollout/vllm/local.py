@@ -223,6 +223,8 @@ class LocalEngine:
             process.wait()
             if not gone:
                 raise EngineError(f"engine: processes {session_pids(process.pid)} cannot be ended")
+            if self._ipc is not None:
+                self._ipc.take_back()
 
     # -- the protocol ------------------------------------------------------------------------
 

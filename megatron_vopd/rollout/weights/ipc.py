@@ -16,7 +16,7 @@ starts, before it draws the first tensor, so the plain pool is left at that draw
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any, TypeVar
 
 import torch
@@ -38,6 +38,7 @@ class IpcSender:
     def __init__(self, num_bytes: int) -> None:
         self._num_bytes = num_bytes
         self._pool: Any = None
+        self._lent: tuple[Any, ...] = ()  # what opens the buffer, while the engine may have it
 
     def send(
         self,
@@ -69,14 +70,30 @@ class IpcSender:
                     post_iter_func=lambda item: item[1],
                     buffer_size_bytes=self._num_bytes,
                 ):
+                    self._lent = chunk.ipc_handle[uuid]
                     update = {"names": chunk.names, "dtype_names": chunk.dtype_names}
                     update |= {"shapes": chunk.shapes, "tensor_sizes": chunk.tensor_sizes}
                     client.update_weights(update | {"ipc_handles": chunk.ipc_handle})
             client.finish_weight_update(weight_version)
+            self._lent = ()
         finally:
             # What the engine has let go of returns to the pool, for the next push.
             torch.cuda.ipc_collect()
         return checked.sent()
+
+    def take_back(self) -> None:
+        """Free the buffer of a push that failed, once the engine's processes are gone.
+
+        torch keeps an exported buffer until the reader counts itself off, which one that was killed
+        never does.
+        """
+        lent, self._lent = self._lent, ()
+        if lent:
+            # In the order of torch's `rebuild_cuda_tensor`.
+            device, counter, offset = lent[6], lent[11], lent[12]
+            with suppress(RuntimeError):  # a buffer that stays is better than no second attempt
+                torch.UntypedStorage._release_ipc_counter(counter, offset, device=device)
+            torch.cuda.ipc_collect()
 
     @contextmanager
     def _plain_memory(self) -> Iterator[None]:

@@ -33,6 +33,8 @@ pytestmark = pytest.mark.skipif(
 MODELS = ROOT / "tests" / "fixtures" / "models"
 EXAMPLES = sorted(path.parent.name for path in ROOT.glob("examples/*/config.yaml"))
 EXPANDABLE = "max_split_size_mb:512,expandable_segments:True"
+# What opens the buffer: device, counter of readers and its place are where torch has them.
+HANDLE = (*["-"] * 6, 0, *["-"] * 4, "counter", 5, "-", "-")
 
 
 class Memory:
@@ -50,6 +52,7 @@ class Memory:
         self.made: list[tuple[int, str, str]] = []
         self.draws: list[tuple[str, str]] = []
         self.num_pools = self.num_collected = 0
+        self.released: list[tuple[Any, ...]] = []
         self.buffer = torch.empty(0)
 
     def new_pool(self) -> str:
@@ -89,13 +92,15 @@ class Memory:
         cuda = SimpleNamespace(current_stream=lambda: stream)
         stand_in = SimpleNamespace(empty=self.empty, uint8=torch.uint8, cuda=cuda)
         monkeypatch.setattr(packed_tensor, "torch", stand_in)
-        monkeypatch.setattr(packed_tensor, "reduce_tensor", lambda tensor: (None, ("handle",)))
+        monkeypatch.setattr(packed_tensor, "reduce_tensor", lambda tensor: (None, HANDLE))
         monkeypatch.setattr(alloc_conf, "current_alloc_conf", lambda: self.settings)
         monkeypatch.setattr(alloc_conf, "set_alloc_conf", self.set)
         monkeypatch.setattr(torch.cuda, "MemPool", self.new_pool)
         monkeypatch.setattr(torch.cuda, "use_mem_pool", self.use)
         monkeypatch.setattr(torch.cuda, "ipc_collect", self.collect)
         monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+        release = lambda *counter, device: self.released.append((*counter, device))  # noqa: E731
+        monkeypatch.setattr(torch.UntypedStorage, "_release_ipc_counter", release)
         monkeypatch.setattr(
             torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="GPU-1")
         )
@@ -121,7 +126,7 @@ class Receiver:
         if self.num_chunks == self.fails_at:
             raise EngineError("engine, update: its process died")
         self.num_chunks += 1
-        assert info["ipc_handles"] == {"GPU-1": ("handle",)}
+        assert info["ipc_handles"] == {"GPU-1": HANDLE}
         kinds = [getattr(torch, kind) for kind in info["dtype_names"]]
         packed = self.memory.buffer[: sum(info["tensor_sizes"])]
         known = (info["names"], info["shapes"], kinds, info["tensor_sizes"])
@@ -228,3 +233,23 @@ def test_a_push_that_fails_leaves_the_allocator_as_it_was(monkeypatch: pytest.Mo
         sender.send(_tensors(), receiver, torch.float32, "1")
     assert (memory.settings, memory.pool) == (EXPANDABLE, "") and receiver.version == ""
     assert memory.num_pools == 1 and memory.num_collected == 4
+
+
+def test_the_buffer_comes_back_from_an_engine_that_was_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A killed reader does not count itself off: the sender does, once for each failed push."""
+    memory = Memory("cpu")
+    memory.install(monkeypatch)
+    folder = MODELS / "Qwen3-1.7B"
+    settings = LocalSettings(str(folder), str(tmp_path / "log"), 64, device="cuda", push_seconds=20)
+    engine = FakeEngine(settings, make_room=lambda: None)
+    monkeypatch.setattr("megatron_vopd.rollout.vllm.local.ipc_buffer_bytes", lambda *_: 300)
+    engine.update_weights(iter(_tensors()), 1)
+    engine.refuse_weights("")
+    assert memory.released == [], "its push was finished: it has counted itself off"
+    with pytest.raises(EngineError, match="not finite"):
+        engine.update_weights(iter([*_tensors(), ("w", torch.full((2,), torch.inf))]), 2)
+    assert memory.released == [("counter", 5, 0)]
+    engine.close()
+    assert len(memory.released) == 1
