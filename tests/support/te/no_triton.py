@@ -17,7 +17,7 @@ _MODULES = ("triton", "triton.language", "triton.language.core", "triton.languag
 class _Anything(ModuleType):
     """A module whose names are all it again; as a decorator it leaves the function as it is."""
 
-    __path__ = ()
+    __path__: Any = ()
     __version__ = "3.6.0"  # of torch 2.11; TransformerEngine chooses by it how a kernel is written
 
     def __getattr__(self, name: str) -> Any:
