@@ -39,6 +39,9 @@ class Sender:
     def __init__(self, num_bytes: int) -> None:
         self.num_bytes = num_bytes
 
+    def take_back(self) -> None:
+        """Lend nothing."""
+
     def send(self, tensors: Any, client: Any, dtype: torch.dtype, weight_version: str) -> Sent:
         client.init_weight_transfer_engine({"packed": True})
         client.start_weight_update()
