@@ -190,7 +190,7 @@ def _add_check(commands: Any) -> None:
     _take_config(checking, "YAML file; see examples/")
     checking.add_argument(
         "--world-size",
-        type=whole_number(1),
+        type=whole_number(),
         metavar="N",
         help="number of ranks (default: $WORLD_SIZE, else the fewest that the layouts need)",
     )

@@ -17,7 +17,7 @@ from megatron_vopd.megatron.transformer_engine import NEWEST, OLDEST
 
 # What TransformerEngine imports when it is imported, and this package does not depend on.
 COMMON = ("onnxscript==0.7.2", "onnx==1.23.2", "onnx-ir==1.1.0", "ml_dtypes==0.6.0")
-COMMON += ("nvdlfw-inspect==0.2.2",)
+COMMON += ("nvdlfw-inspect==0.2.2", "einops==0.8.2")
 
 EXAMPLE = """\
 example:

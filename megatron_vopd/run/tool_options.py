@@ -38,16 +38,16 @@ def tool_parser(summary: str, examples: str) -> argparse.ArgumentParser:
     )
 
 
-def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+def whole_number(least: int | None = None, most: int | None = None) -> Callable[[str], int]:
     """Return what parses an option's integer from `least` to `most`; an error says what it got."""
-    expected = f"{least} to {most}" if most is not None else f">= {least}"
+    expected = "" if least is None else f" >= {least}" if most is None else f" {least} to {most}"
 
     def parsed(text: str) -> int:
         if re.fullmatch(r"-?[0-9]{1,18}", text.strip()):
             value = int(text)
-            if least <= value and (most is None or value <= most):
+            if (least is None or least <= value) and (most is None or value <= most):
                 return value
-        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected an integer {expected}")
+        raise argparse.ArgumentTypeError(f"got {shown(text)}, expected an integer{expected}")
 
     return parsed
 

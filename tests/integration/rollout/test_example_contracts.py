@@ -1,3 +1,5 @@
+# pyright: reportMissingImports=false
+# vLLM is there only after `make engine`; the file is slow, as all that needs it.
 """vLLM's own parser and classes read what the examples would start; nothing is started.
 
 The fast part, without vLLM, is `tests/unit/test_example_contracts.py`.

@@ -15,7 +15,7 @@ from importlib.metadata import version
 from types import ModuleType
 from typing import Any, cast
 
-from tests.support.te import kernels
+from tests.support.te import kernels, no_triton
 
 NAME = "transformer_engine_torch"
 # Answers to what TransformerEngine asks while it is imported or builds modules.
@@ -103,6 +103,7 @@ def install() -> ModuleType:
         setattr(module, kernel.__name__, _counted(kernel))
     module.get_fused_attn_backend = _counted(_backend_of(module))  # type: ignore[attr-defined]
     sys.modules[NAME] = module
+    no_triton.install()
 
     from transformer_engine import common  # pyright: ignore[reportMissingImports]
 
