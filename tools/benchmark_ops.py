@@ -48,13 +48,19 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 INPUTS = ("gaussian", "zipf", "constant", "ascending", "ties")
 
 
-def make_logits(kind: str, num_tokens: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Make logits [T, V] fp32 of student and teacher by one of INPUTS (kernels.md section 5)."""
-    generator = torch.Generator().manual_seed(0)
-    x = torch.randn(num_tokens, vocab_size, generator=generator).mul_(3)
-    x[:, torch.randint(0, vocab_size, (8,), generator=generator)] += 12
-    y = torch.randn(num_tokens, vocab_size, generator=generator).add_(x)
-    ids = torch.arange(float(vocab_size)).expand(num_tokens, -1)
+def make_logits(
+    kind: str, num_tokens: int, vocab_size: int, device: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Make logits [T, V] fp32 of student and teacher by one of INPUTS (kernels.md section 5).
+
+    On the device itself: a host would need half a minute for the numbers that a GPU is timed with.
+    """
+    generator = torch.Generator(device).manual_seed(0)
+    known = {"generator": generator, "device": device}
+    x = torch.randn(num_tokens, vocab_size, **known).mul_(3)
+    x[:, torch.randint(0, vocab_size, (8,), **known)] += 12
+    y = torch.randn(num_tokens, vocab_size, **known).add_(x)
+    ids = torch.arange(float(vocab_size), device=device).expand(num_tokens, -1)
     if kind == "zipf":
         x = x.mul_(0.1).sub_(1.1 * (ids + 1).log())
     elif kind == "constant":
@@ -233,8 +239,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, dict[str, list]]:
     labels = torch.randint(0, arguments.vocab, (arguments.tokens,)).to(arguments.device)
     rows = slice(0, min(16, arguments.tokens))
     for kind in INPUTS:
-        on_host = make_logits(kind, arguments.tokens, arguments.vocab)
-        x, y = (z.to(arguments.device, DTYPES[arguments.dtype]) for z in on_host)
+        logits = make_logits(kind, arguments.tokens, arguments.vocab, arguments.device)
+        x, y = (z.to(DTYPES[arguments.dtype]) for z in logits)
+        del logits  # in bf16 two fp32 tensors that nothing needs
         assert_same_outputs(x[rows], y[rows], labels[rows])
         cases = operator_cases(x, y, labels)
         by_kind[kind] = cases[f"statistics + top-{TOPK}"]

@@ -99,7 +99,7 @@ def narrow_is_equal(
     student: torch.Tensor,
     teacher: torch.Tensor,
     bounds: tuple[int, int],
-    arguments: list[Any],
+    arguments: tuple[Any, ...],
     kernels: native.Kernels,
 ) -> bool:
     """Return whether the gradient over the teacher's columns has the bits of the one in fp32.
@@ -152,7 +152,11 @@ def check(
         tail: Any = (expected[-1].ids, expected[-1].taken, expected[-1].summary)
         student, teacher = x[:, a:b].contiguous(), y[:, a:b]
         exact = reference.logits_gradient(student.double(), teacher.double(), *arguments, *tail)
-        moved = [z.to(device) if isinstance(z, torch.Tensor) else z for z in (*arguments, *tail)]
+        # Of the kernels' own statistics, as in training: they belong to the temperature that the
+        # kernels have, which is rounded; at an offset of 300 that shows.
+        own = actual[-1]
+        moved: Any = (labels.to(device) - a, own.final, coefficients.to(device), b - a, temperature)
+        moved += (own.ids, own.taken, own.summary)
         student_gpu, teacher_gpu = student.to(device, copy=True), on_gpu[1][:, a:b]
         gradient = cuda.logits_gradient(student_gpu, teacher_gpu, *moved)
         has_narrow = dtype == torch.float32 and cuda.name != "cpu"

@@ -82,7 +82,7 @@ class IpcSender:
         return checked.sent()
 
     def take_back(self) -> None:
-        """Free the buffer of a push that failed, once the engine's processes are gone.
+        """Release the buffer of a push that failed, once the engine's processes are gone.
 
         torch keeps an exported buffer until the reader counts itself off, which one that was killed
         never does.

@@ -44,6 +44,12 @@ def test_kernels_equal_the_reference(kernels, kind, dtype, temperature):
         assert not complaints, (vocab_size, tp)
 
 
+def test_a_large_offset_at_another_temperature(kernels):
+    """The kernels' temperature is rounded: gradients take the statistics that belong to it."""
+    known = ("offset", torch.float32, 5003, 1, 0.7)
+    assert not check_kernels.check(*known, device=torch.device("cpu"), kernels=kernels)
+
+
 @pytest.mark.parametrize("kind", ["ascending", "constant", "two_levels", "gaussian", "nan"])
 @pytest.mark.parametrize("k", [1, 700])
 def test_topk_of_long_rows_and_lists(kernels, kind, k):
